@@ -1,0 +1,55 @@
+"""Models and images that many tests share. Weights are seeded; no test needs the network."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from torch import nn
+
+from tomexport.exporter.weights import seed_weights
+from tomexport.exporter.zoo import timm
+
+settings.register_profile("ci", derandomize=True, deadline=None)
+settings.load_profile("ci")
+torch.set_num_threads(2)
+
+
+@lru_cache(maxsize=4)
+def _seeded(name: str, seed: int, options: tuple[tuple[str, Any], ...]) -> nn.Module:
+    return seed_weights(timm().create_model(name, **dict(options)), seed).eval()
+
+
+@pytest.fixture(scope="session")
+def seeded() -> Callable[..., nn.Module]:
+    """Build a timm model with every parameter drawn from a seed. Do not change what it returns."""
+
+    def build(name: str = "test_vit", seed: int = 0, **options: Any) -> nn.Module:
+        return _seeded(name, seed, tuple(sorted(options.items())))
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def natural_images() -> Callable[[int], np.ndarray]:
+    """Photographs that scikit-image and scikit-learn ship: (4, 3, size, size) in [−1, 1]."""
+    from PIL import Image
+    from skimage import data
+    from sklearn.datasets import load_sample_images
+
+    photographs = [data.astronaut(), data.chelsea(), *load_sample_images().images]
+
+    def load(size: int) -> np.ndarray:
+        resized = [np.asarray(Image.fromarray(p).resize((size, size))) for p in photographs]
+        return np.stack(resized).astype(np.float32).transpose(0, 3, 1, 2) / 127.5 - 1
+
+    return load

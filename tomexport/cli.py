@@ -1,0 +1,283 @@
+"""The command line: parse, one library call, print. No logic.
+
+Imports of libraries that take long stand inside the commands, so that --help is quick.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from tomexport import __version__
+from tomexport.errors import TomexportError, VerifyError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+EXIT_DONE, EXIT_CHECK_FAILED, EXIT_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _Batch(click.ParamType[Any]):
+    name = "N|dynamic"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int | None:
+        if value == "dynamic":
+            return None
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither a number of images nor 'dynamic'", param, ctx)
+
+
+class _Size(click.ParamType[Any]):
+    name = "PIXELS|HxW"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        parts = value.lower().split("x")
+        if len(parts) > 2 or not all(part.isdigit() and int(part) for part in parts):
+            self.fail(
+                f"{value!r} is no size; write 224, or 224x320 for height and width", param, ctx
+            )
+        return int(parts[0]), int(parts[-1])
+
+
+class _ExportByDefault(click.Group):
+    """`tomexport MODEL …` is `tomexport export MODEL …`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, *ctx.help_option_names, "--version"):
+            near = difflib.get_close_matches(args[0], self.commands, n=1, cutoff=0.75)
+            if near and not Path(args[0]).exists():
+                raise click.UsageError(f"No command {args[0]!r}. Did you mean {near[0]!r}?", ctx)
+            args = ["export", *args]
+        return super().parse_args(ctx, args)
+
+
+def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """Apply options in the order in which --help lists them."""
+
+    def decorate(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+_schedule = click.option(
+    "--schedule",
+    required=True,
+    metavar="S",
+    help="Tokens to remove: none, const:R, linear:R, exp:R_INIT,ALPHA or list:R0,R1,…",
+)
+_method = click.option("--method", default="tome", show_default=True, help="How tokens are chosen.")
+_arch = click.option(
+    "--arch", metavar="NAME", help="timm name of the checkpoint's architecture; found if left out."
+)
+_img_size = click.option(
+    "--img-size", type=_Size(), help="Image size to resample the positions for."
+)
+_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+_debug = click.option(
+    "--debug", is_flag=True, expose_value=False, help="Show the traceback of an error."
+)
+_images = click.option(
+    "--images", type=click.Path(path_type=Path), metavar="DIR", help="Compare on these images too."
+)
+
+
+@click.group(cls=_ExportByDefault, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="tomexport")
+def cli() -> None:
+    r"""Put token-reduced vision transformers on edge machines.
+
+    \b
+    tomexport MODEL --schedule S -o OUT     export (the default command)
+    tomexport plan MODEL --schedule S       tokens and MACs, nothing exported
+    tomexport verify FILE                   compare a file with PyTorch
+    tomexport doctor                        what this machine has
+
+    MODEL is a checkpoint (.pth .pt .bin .safetensors) or a timm name. Exit codes: 0 done, 1 a
+    check failed, 2 anything else that stops it, 130 interrupted.
+    """
+
+
+@cli.command()
+@click.argument("model")
+@_options(
+    _schedule,
+    click.option(
+        "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT",
+        help="File to write: .onnx, or .xml for OpenVINO IR.",
+    ),
+    _arch,
+    _method,
+    click.option("--ops", metavar="custom|portable", help=(
+        "custom: nodes of our own with standard bodies (.onnx, default); "
+        "portable: standard operators only (.xml, default)."
+    )),
+    click.option("--batch", type=_Batch(), default="1", show_default=True, help="Images per call."),
+    _img_size,
+    click.option("--opset", type=int, help="ONNX opset, 18 or newer.  [default: 18]"),
+    click.option("--half", is_flag=True, help="Store the weights of an .xml as float16."),
+    click.option("--random-weights", type=int, metavar="SEED",
+                 help="Seeded weights instead of trained ones, for trials with a name."),
+    click.option("--no-prop-attn", is_flag=True,
+                 help="Do not weight keys by the patches they stand for."),
+    _images,
+    click.option("--no-verify", is_flag=True, help="Do not compare the file with PyTorch."),
+    click.option("--force", is_flag=True, help="Replace an existing file."),
+    click.option("--keep", is_flag=True, help="Leave the file even if it fails."),
+    _json,
+    _debug,
+)  # fmt: skip
+def export(
+    model: str, images: Path | None, no_verify: bool, no_prop_attn: bool, as_json: bool,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Export MODEL with reduced tokens, and prove the file."""
+    from tomexport import pipeline
+    from tomexport.calib.images import ImageFolder
+
+    with _progress() as progress:
+        report = pipeline.export(
+            model,
+            options.pop("schedule"),
+            options.pop("output"),
+            verify=not no_verify,
+            prop_attn=not no_prop_attn,
+            images=ImageFolder.find(images) if images else None,
+            progress=progress,
+            **options,
+        )
+    _notes(report.notes)
+    _show(report.to_dict(), as_json, lambda tables: tables.export_summary(report))
+
+
+@cli.command()
+@click.argument("model")
+@_options(_schedule, _arch, _method, _img_size, _json, _debug)
+def plan(model: str, as_json: bool, **options: Any) -> None:
+    """Show the tokens and MACs of every block of MODEL. A name needs no weights."""
+    from tomexport import pipeline
+
+    result = pipeline.plan(model, options.pop("schedule"), **options)
+    _show(result.to_dict(), as_json, lambda tables: tables.plan_table(result))
+
+
+@cli.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@_options(
+    click.option("--backend", metavar="NAME",
+                 help="onnxruntime or openvino; all that are installed if left out."),
+    click.option("--device", default="CPU", show_default=True, help="Device of the runtime."),
+    click.option("--precision", metavar="f32|bf16|f16",
+                 help="Only this one; f32 and the runtime's default if left out."),
+    click.option("--against", metavar="MODEL",
+                 help="Run PyTorch again, on the checkpoint or name it was exported from."),
+    _images,
+    _arch,
+    _json,
+    _debug,
+)  # fmt: skip
+def verify(
+    artifact: Path, against: str | None, images: Path | None, arch: str | None, as_json: bool,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Compare ARTIFACT with PyTorch: with its golden set, or again on real images."""
+    from tomexport.runtime import verify as verification
+
+    with _progress() as progress:
+        if against or images or arch:
+            from tomexport import pipeline
+            from tomexport.calib.images import ImageFolder
+
+            golden, what = pipeline.reference(
+                artifact, against, ImageFolder.find(images) if images else None, arch=arch
+            )
+            options |= {"golden": golden, "images": what}
+        report = verification.verify(artifact, progress=progress, **options)
+    _show(report.to_dict(), as_json, lambda tables: tables.verify_table(report))
+    if not report.passed:
+        raise click.exceptions.Exit(EXIT_CHECK_FAILED)
+
+
+@cli.command()
+@_options(_json, _debug)
+def doctor(as_json: bool) -> None:
+    """Show what this machine has: processor, packages, runtimes, devices."""
+    from tomexport.runtime.doctor import diagnose
+
+    result = diagnose()
+    _show(result.to_dict(), as_json, lambda tables: tables.doctor_table(result))
+
+
+def _show(data: dict[str, Any], as_json: bool, render: Callable[[Any], RenderableType]) -> None:
+    """Print a result: the one thing that goes to stdout."""
+    if as_json:
+        click.echo(json.dumps(data, indent=2, ensure_ascii=False))
+        return
+    from rich.console import Console
+
+    from tomexport import tables
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 160  # no line of a table breaks in a log
+    console.print(render(tables))
+
+
+def _notes(notes: tuple[str, ...]) -> None:
+    for note in notes:
+        click.echo(f"note: {note}", err=True)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """Show what is being done, on a terminal, until it is done."""
+    if not sys.stderr.isatty():
+        yield lambda message: None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status("…") as status:
+        yield lambda message: status.update(message)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code; errors become one line on stderr."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        cli.main(arguments, prog_name="tomexport", standalone_mode=False)
+    except click.exceptions.Exit as err:
+        return err.exit_code
+    except click.UsageError as err:
+        command = err.ctx.command_path if err.ctx else "tomexport"
+        message = err.format_message().rstrip(".?")
+        click.echo(f"error: {message}. See {command} --help.", err=True)
+        return EXIT_ERROR
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted; nothing was left behind", err=True)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader is gone; so is the need to say more
+        return EXIT_ERROR
+    except (TomexportError, OSError) as err:
+        if "--debug" in arguments:
+            raise
+        click.echo(f"error: {err}", err=True)
+        return EXIT_CHECK_FAILED if isinstance(err, VerifyError) else EXIT_ERROR
+    return EXIT_DONE

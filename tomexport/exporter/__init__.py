@@ -1,0 +1,1 @@
+"""From a checkpoint to a reduced module and its ONNX graph. Needs the `export` extra."""

@@ -1,0 +1,284 @@
+"""State dict → model: named, or found by the shapes of the weights.
+
+timm names that compute the same function from the same weights count as one. Names that fit the
+weights but compute different functions (other heads, another activation, another epsilon) are
+refused until the user names one: the tensors cannot tell.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tomexport.errors import CheckpointError, TomexportError
+from tomexport.exporter.checkpoint import Checkpoint
+from tomexport.exporter.layouts import LAYOUTS
+from tomexport.exporter.layouts.layout import Layout
+from tomexport.exporter.zoo import check_name, preprocessing, skeleton, supported_names
+
+# module types that do nothing in evaluation, so that their presence makes no difference
+_INERT = ("Dropout", "DropPath", "Identity", "PatchDropout")
+_SETTINGS_OF_TRAINING = {"training", "grad_checkpointing", "distilled_training", "fused_attn",
+                         "weight_init_mode", "fix_init", "grad_checkpointing_kwargs"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model made from a checkpoint.
+
+    Attributes:
+        model: the original module with the weights in it, in evaluation mode.
+        names: the timm names that it could be; all compute the same.
+        preprocessing: how images are prepared, or None if the names differ in it.
+        notes: what the user should know of how it was found.
+    """
+
+    model: nn.Module
+    names: tuple[str, ...]
+    preprocessing: dict[str, Any] | None
+    notes: tuple[str, ...]
+
+
+def build(checkpoint: Checkpoint, arch: str | None = None) -> Built:
+    """Build the model that a checkpoint holds.
+
+    Args:
+        checkpoint: the weights.
+        arch: a timm name; without it the checkpoint's own word or the shapes decide.
+
+    Raises: CheckpointError if the weights do not fit, naming the keys, or fit several functions.
+    """
+    layout = _layout(checkpoint)
+    state = layout.rename(checkpoint.state)
+    state, notes = _without_spare(state, layout)
+    name = arch or checkpoint.architecture
+    if name and not arch:
+        try:
+            check_name(name)
+        except TomexportError:
+            notes.append(f"the file calls itself {name!r}, no supported timm name: found by shapes")
+            name = None
+    notes = [*checkpoint.notes, *notes]
+    if name:
+        check_name(name)
+        options = _fitted(name, state, checkpoint.source)
+        model = skeleton(name, **options)
+        _require_fit(model, state, checkpoint.source, name)
+        names: tuple[str, ...] = (name,)
+        if not arch:
+            notes.append(f"architecture {name}, as the file says")
+    else:
+        names, options = _infer(state, checkpoint.source)
+        model = skeleton(names[0], **options)
+        notes.append(_fitting_note(names))
+    model.load_state_dict(state, assign=True)
+    shared = {str(preprocessing(name)) for name in names}
+    known = preprocessing(names[0]) if len(shared) == 1 else None
+    return Built(model.eval(), names, known, tuple(notes))
+
+
+def _fitting_note(names: tuple[str, ...]) -> str:
+    if len(names) == 1:
+        return f"architecture {names[0]}, found by shapes"
+    return (
+        f"architecture found by shapes: {' = '.join(names)} compute the same; "
+        "name one with --arch to record its preprocessing"
+    )
+
+
+def _layout(checkpoint: Checkpoint) -> Layout:
+    for layout in LAYOUTS:
+        if layout.recognises(checkpoint.state):
+            return layout
+    keys = list(checkpoint.state)
+    raise CheckpointError(
+        f"{checkpoint.source} does not hold a vision transformer of a known layout: its "
+        f"{len(keys)} keys begin with {', '.join(keys[:4])}. Known layouts: "
+        f"{', '.join(layout.name for layout in LAYOUTS)}."
+    )
+
+
+def _without_spare(state: dict[str, Tensor], layout: Layout) -> tuple[dict[str, Tensor], list[str]]:
+    """Leave out the keys that a plain forward pass never reads, and say which."""
+    left_out: dict[str, list[str]] = {}
+    for key in state:
+        why = next((why for pattern, why in layout.spare if re.fullmatch(pattern, key)), None)
+        if why:
+            left_out.setdefault(why, []).append(key)
+    spare = {key for keys in left_out.values() for key in keys}
+    parts = [
+        f"{keys[0]}{f' and {len(keys) - 1} more' if len(keys) > 1 else ''} ({why})"
+        for why, keys in left_out.items()
+    ]
+    notes = [f"left out: {'; '.join(parts)}"] if parts else []
+    return {key: tensor for key, tensor in state.items() if key not in spare}, notes
+
+
+def _fitted(name: str, state: Mapping[str, Tensor], source: str, depth: int | None = None) -> Any:
+    """Return the options that make a timm name fit the weights: classes, image size, pooling."""
+    model: Any = skeleton(name, **({} if depth is None else {"depth": depth}))
+    head = state.get("head.weight")
+    options: dict[str, Any] = {"num_classes": 0 if head is None else head.shape[0]}
+    if depth is not None:
+        options["depth"] = depth
+    has_fc_norm, expects_fc_norm = "fc_norm.weight" in state, _has(model, "fc_norm.weight")
+    if has_fc_norm and not expects_fc_norm and "norm.weight" not in state:
+        options["global_pool"] = "avg"
+    if expects_fc_norm and not has_fc_norm and "norm.weight" in state and model.has_class_token:
+        options["global_pool"] = "token"
+    position = state.get("pos_embed")
+    if position is not None and model.pos_embed is not None and position.ndim == 3:
+        n_position = position.shape[1]
+        if n_position != model.pos_embed.shape[1]:
+            options["img_size"] = _image_size(model, n_position, source)
+    return options
+
+
+def _has(model: nn.Module, key: str) -> bool:
+    return any(key == name for name, _ in model.named_parameters())
+
+
+def _image_size(model: Any, n_position: int, source: str) -> tuple[int, int]:
+    n_prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+    n_patches = n_position - n_prefix
+    side = math.isqrt(max(n_patches, 0))
+    if side * side != n_patches or side == 0:
+        raise CheckpointError(
+            f"{source}: pos_embed has {n_position} positions; without the {n_prefix} prefix "
+            f"tokens that is {n_patches}, which is no square grid of patches."
+        )
+    height, width = model.patch_embed.patch_size
+    return side * height, side * width
+
+
+def _mismatch(
+    model: nn.Module, state: Mapping[str, Tensor]
+) -> tuple[list[str], list[str], list[str]]:
+    """Return missing keys, unexpected keys, and keys of another shape."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    missing = [name for name in expected if name not in state]
+    unexpected = [name for name in state if name not in expected]
+    reshaped = [
+        f"{name} is {_shape(tuple(state[name].shape))}, expected {_shape(shape)}"
+        for name, shape in expected.items()
+        if name in state and tuple(state[name].shape) != shape
+    ]
+    return missing, unexpected, reshaped
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape)) or "a scalar"
+
+
+def _require_fit(model: nn.Module, state: Mapping[str, Tensor], source: str, name: str) -> None:
+    if problems := _problems(model, state):
+        raise CheckpointError(
+            f"{source} does not fit {name}: {problems}. Name the right architecture with --arch, "
+            "or leave it out to have it found by shapes."
+        )
+
+
+def _problems(model: nn.Module, state: Mapping[str, Tensor]) -> str:
+    kinds = zip(("missing", "unexpected", "of another shape"), _mismatch(model, state), strict=True)
+    return "; ".join(
+        f"{len(keys)} key{'s' if len(keys) > 1 else ''} {kind}: {_some(keys)}"
+        for kind, keys in kinds
+        if keys
+    )
+
+
+def _some(keys: list[str], limit: int = 6) -> str:
+    more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
+    return ", ".join(keys[:limit]) + more
+
+
+def _infer(state: Mapping[str, Tensor], source: str) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Return the timm names that fit, which all compute the same, and the options of the first."""
+    fits: dict[str, tuple[dict[str, Any], nn.Module]] = {}
+    closest: tuple[int, str, nn.Module] | None = None
+    for name in supported_names():
+        if not _same_width(name, state):
+            continue
+        try:
+            options = _fitted(name, state, source)
+        except CheckpointError:
+            continue
+        model = skeleton(name, **options)
+        distance = sum(map(len, _mismatch(model, state)))
+        if distance == 0:
+            fits[name] = (options, model)
+        elif closest is None or distance < closest[0]:
+            closest = (distance, name, model)
+    if not fits:
+        _refuse_unknown(state, source, closest)
+    # a name at its own image size and pooling is a better description than one bent to fit
+    unbent = {name: fit for name, fit in fits.items() if set(fit[0]) == {"num_classes"}}
+    fits = unbent or fits
+    functions: dict[Any, list[str]] = {}
+    for name, (_, model) in fits.items():
+        functions.setdefault(_function_of(model), []).append(name)
+    if len(functions) > 1:
+        groups = "; ".join(" = ".join(names) for names in functions.values())
+        raise CheckpointError(
+            f"{source} fits {len(functions)} architectures that compute different functions from "
+            f"the same shapes: {groups}. Name one with --arch."
+        )
+    (names,) = functions.values()
+    return tuple(names), fits[names[0]][0]
+
+
+def _same_width(name: str, state: Mapping[str, Tensor]) -> bool:
+    """Tell cheaply, from one block, whether a name can fit."""
+    model: Any = skeleton(name, depth=1)
+    expected = {k: v.shape for k, v in model.state_dict().items() if k.startswith("blocks.0.")}
+    found = {k: v.shape for k, v in state.items() if k.startswith("blocks.0.")}
+    projection = state["patch_embed.proj.weight"]
+    if projection.shape != model.patch_embed.proj.weight.shape:
+        return False
+    n_shared = sum(found.get(key) == shape for key, shape in expected.items())
+    return bool(n_shared >= 0.5 * max(len(expected), 1))
+
+
+def _refuse_unknown(
+    state: Mapping[str, Tensor], source: str, closest: tuple[int, str, nn.Module] | None
+) -> None:
+    width, channels, *patch = state["patch_embed.proj.weight"].shape
+    n_blocks = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    what = f"width {width}, {n_blocks} blocks, patches of {_shape(tuple(patch))}×{channels}"
+    way = (
+        "If it is a known architecture with other arguments, build the model in Python and call "
+        "tomexport.export(model, …)."
+    )
+    if closest is None:
+        raise CheckpointError(f"{source} ({what}) fits no supported timm name. {way}")
+    _, name, model = closest
+    raise CheckpointError(
+        f"{source} ({what}) fits no supported timm name. The nearest is {name}, with "
+        f"{_problems(model, state)}. {way}"
+    )
+
+
+def _function_of(model: nn.Module) -> tuple[Any, ...]:
+    """Return all that decides what a model computes, apart from its weights."""
+    return tuple(
+        (name, type(module).__qualname__, _settings(module))
+        for name, module in model.named_modules()
+        if type(module).__name__ not in _INERT
+    )
+
+
+def _settings(module: nn.Module) -> tuple[tuple[str, str], ...]:
+    plain_types = (bool, int, float, str, tuple, torch.Size)
+    return tuple(
+        sorted(
+            (key, repr(value))
+            for key, value in vars(module).items()
+            if isinstance(value, plain_types) and key not in _SETTINGS_OF_TRAINING
+        )
+    )

@@ -1,0 +1,229 @@
+"""Safe loading: a file's tensors and what it says of itself, and nothing in it runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import pickle
+import re
+import warnings
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tomexport.errors import CheckpointError, need, plain
+
+SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
+
+_multiarray = importlib.import_module("numpy._core.multiarray")
+
+# where training code keeps the weights, the ones to prefer first
+_WRAPPERS = ("model", "state_dict", "module", "model_state_dict", "net", "ema", "model_ema",
+             "state_dict_ema")  # fmt: skip
+_PREFIXES = ("module.", "_orig_mod.", "model.")
+# plain containers of numbers that training files hold beside the weights
+_SAFE_GLOBALS = [
+    argparse.Namespace,
+    OrderedDict,
+    _multiarray.scalar,
+    _multiarray._reconstruct,
+    np.ndarray,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "b1")),
+]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The weights of a file.
+
+    Attributes:
+        source: the file's name, for messages.
+        state: name → tensor; wrappers and prefixes are taken off, floats are float32.
+        architecture: the name that the file gives itself, if it does.
+        notes: what the user should know of how it was read.
+    """
+
+    source: str
+    state: dict[str, Tensor]
+    architecture: str | None
+    notes: tuple[str, ...] = ()
+
+
+def looks_like_file(model: str) -> bool:
+    """Tell a checkpoint's path from a model's name."""
+    path = Path(model)
+    return path.suffix.lower() in SUFFIXES or path.exists() or "/" in model or "\\" in model
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint without running anything that it holds.
+
+    Raises: CheckpointError if there is no such file, it is no checkpoint, it wants to run code,
+        or it holds NaN or infinite weights.
+    """
+    _check_file(path)
+    if path.suffix.lower() == ".safetensors":
+        content, metadata = _read_safetensors(path)
+    else:
+        content, metadata = _read_pickle(path), {}
+    state, notes = _find_state(content, path)
+    state = {_strip(name, state): tensor for name, tensor in state.items()}
+    architecture = _architecture(content) or _architecture(metadata) or _sidecar(path)
+    return Checkpoint(path.name, _checked(state, path), architecture, tuple(notes))
+
+
+def _check_file(path: Path) -> None:
+    if not path.exists():
+        raise CheckpointError(f"There is no file {path}. Check the path, or give a timm name.")
+    if path.is_dir():
+        raise CheckpointError(
+            f"{path} is a folder; give the checkpoint inside it ({', '.join(SUFFIXES)})."
+        )
+    if path.suffix.lower() not in SUFFIXES:
+        raise CheckpointError(
+            f"{path.name} is no checkpoint by its suffix {path.suffix!r}; known: "
+            f"{', '.join(SUFFIXES)}."
+        )
+    if path.stat().st_size == 0:
+        raise CheckpointError(f"{path} is empty (0 bytes); copy or download it again.")
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    safetensors = need("safetensors", "export")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError, ValueError) as err:
+        raise CheckpointError(
+            f"{path} is not a readable safetensors file ({plain(err)}); it may be cut off. "
+            "Copy or download it again."
+        ) from err
+
+
+def _read_pickle(path: Path) -> Any:
+    try:
+        with torch.serialization.safe_globals(_SAFE_GLOBALS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what they warn of is refused below
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as err:
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(err))
+        what = (
+            f"wants to run {wanted[1]} while it loads" if wanted else "is more than plain weights"
+        )
+        raise CheckpointError(
+            f"{path} {what}, so it was refused and nothing in it ran. Save the weights alone, "
+            "where the file was made: torch.save(model.state_dict(), path)"
+        ) from err
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError,
+            AttributeError, UnicodeDecodeError, OverflowError, MemoryError) as err:  # fmt: skip
+        raise CheckpointError(
+            f"{path} is not a readable PyTorch checkpoint ({plain(err)}); it may be cut off or of "
+            "another kind. Copy or download it again."
+        ) from err
+
+
+def _is_state(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and len(value) > 0
+        and all(isinstance(name, str) for name in value)
+        and sum(isinstance(tensor, Tensor) for tensor in value.values()) * 2 > len(value)
+    )
+
+
+def _find_state(content: Any, path: Path) -> tuple[dict[str, Any], list[str]]:
+    """Find the weights in a training file; at most two wrappers deep."""
+    if _is_state(content):
+        return dict(content), []
+    wrappers: dict[str, Any] = {}
+    if isinstance(content, Mapping):
+        for name in _WRAPPERS:
+            inner = content.get(name)
+            if isinstance(inner, Mapping) and not _is_state(inner):
+                inner = next((inner[key] for key in _WRAPPERS if _is_state(inner.get(key))), None)
+            if _is_state(inner):
+                wrappers[name] = inner
+    if not wrappers:
+        keys = list(content)[:5] if isinstance(content, Mapping) else type(content).__name__
+        raise CheckpointError(
+            f"{path} holds no state dict: found {keys}. The weights should be the file itself or "
+            f"under one of: {', '.join(_WRAPPERS)}."
+        )
+    chosen, *others = wrappers
+    notes = []
+    if others:
+        notes.append(
+            f"the weights are those under {chosen!r}; the file also has {', '.join(others)}"
+        )
+    return dict(wrappers[chosen]), notes
+
+
+def _strip(name: str, state: Mapping[str, Any]) -> str:
+    """Take off the prefixes that wrappers of the module left on every key."""
+    rest = list(state)
+    while True:
+        prefix = next((p for p in _PREFIXES if all(_counts_as(k, p) for k in rest)), None)
+        if prefix is None or not name.startswith(prefix):
+            return name
+        name = name[len(prefix) :]
+        rest = [k.removeprefix(prefix) for k in rest]
+
+
+def _counts_as(key: str, prefix: str) -> bool:
+    return key.startswith(prefix) or key == "n_averaged"  # torch's averaged models count beside
+
+
+def _checked(state: dict[str, Any], path: Path) -> dict[str, Tensor]:
+    bad = [name for name, tensor in state.items() if not isinstance(tensor, Tensor)]
+    if bad:
+        raise CheckpointError(
+            f"{path}: {bad[0]!r} is no tensor but a {type(state[bad[0]]).__name__}, so this is "
+            "not a state dict. Save the weights alone: torch.save(model.state_dict(), path)"
+        )
+    sparse = [n for n, t in state.items() if t.layout != torch.strided or t.is_quantized]
+    if sparse:
+        raise CheckpointError(
+            f"{path}: {sparse[0]!r} is sparse or quantized; save the model's float weights."
+        )
+    floats = {n: t.float() if t.is_floating_point() else t for n, t in state.items()}
+    broken = [n for n, t in floats.items() if t.is_floating_point() and not t.isfinite().all()]
+    if broken:
+        count = int((~floats[broken[0]].isfinite()).sum())
+        raise CheckpointError(
+            f"{path}: {len(broken)} tensors hold NaN or infinite values, first {broken[0]!r} "
+            f"({count} of {floats[broken[0]].numel()}). The training diverged or the file is "
+            "damaged; take an earlier checkpoint."
+        )
+    return floats
+
+
+def _architecture(content: Any) -> str | None:
+    """Return the architecture that a training file names: `arch`, or its arguments' `model`."""
+    if not isinstance(content, Mapping):
+        return None
+    arguments = content.get("args")
+    arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
+    named = [content.get("arch"), content.get("architecture")]
+    if isinstance(arguments, Mapping):
+        named += [arguments.get("model"), arguments.get("arch")]
+    return next((name for name in named if isinstance(name, str) and name), None)
+
+
+def _sidecar(path: Path) -> str | None:
+    """Return the architecture of a config.json beside the file, as model hubs lay it out."""
+    config = path.parent / "config.json"
+    if path.stem not in ("model", "pytorch_model") or not config.is_file():
+        return None
+    try:
+        content = json.loads(config.read_text())
+    except (OSError, ValueError):
+        return None  # another program's file, and only a hint
+    return _architecture(content)

@@ -1,0 +1,29 @@
+"""Model families, one file each."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from tomexport.errors import RewriteError
+from tomexport.exporter.families.family import Family
+from tomexport.exporter.families.vit import VIT
+
+FAMILIES = (VIT,)
+
+
+def family_of(model: nn.Module) -> Family:
+    """Return the family that can reduce a model.
+
+    Raises: RewriteError naming the class or the part of it that no family can reduce.
+    """
+    for family in FAMILIES:
+        if family.accepts(model):
+            if reason := family.refusal(model):
+                raise RewriteError(f"This model cannot be reduced correctly: {reason}")
+            return family
+    raise RewriteError(
+        f"{type(model).__module__}.{type(model).__qualname__} is not a model that tomexport "
+        "reduces; supported are timm's models of the modules "
+        + ", ".join(module for family in FAMILIES for module in family.modules)
+        + "."
+    )

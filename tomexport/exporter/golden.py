@@ -1,0 +1,46 @@
+"""What PyTorch computes, kept as the truth that files are compared with."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from tomexport.artifact import Array, Golden
+from tomexport.errors import RewriteError
+from tomexport.exporter.rewrite import ReducedModel
+
+
+def record(reduced: ReducedModel, original: nn.Module, images: Array) -> Golden:
+    """Run the reduced and the original module on images, (B, channels, height, width) float32.
+
+    Raises: RewriteError if an output is not finite.
+    """
+    was_training = original.training
+    original.eval()
+    outputs, originals, traces = [], [], []
+    with torch.no_grad():
+        for image in images:  # one by one, so that memory stays small
+            batch = torch.from_numpy(image[None])
+            output, decisions = reduced.trace(batch)
+            outputs.append(output.numpy())
+            originals.append(original(batch).numpy())
+            traces.append(decisions)
+    original.train(was_training)
+    sites = list(zip(*traces, strict=True))
+    golden = Golden(
+        images=images,
+        reduced=np.concatenate(outputs),
+        original=np.concatenate(originals),
+        targets=tuple(np.concatenate([d.target.numpy() for d in site]) for site in sites),
+        margins=np.array([[float(d.margin) for d in site] for site in sites], np.float32).reshape(
+            len(sites), len(images)
+        ),
+    )
+    for name, values in (("original", golden.original), ("reduced", golden.reduced)):
+        if not np.isfinite(values).all():
+            raise RewriteError(
+                f"The {name} model gives values that are not finite; nothing can be proven of it. "
+                "Check its weights."
+            )
+    return golden

@@ -1,0 +1,5 @@
+"""Checkpoint layouts, one file each: which keys are a model's own, and which can be left."""
+
+from tomexport.exporter.layouts.timm import TIMM
+
+LAYOUTS = (TIMM,)

@@ -1,0 +1,31 @@
+"""Token merging (ToMe).
+
+Source: Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023
+(github.com/facebookresearch/ToMe); written from the paper.
+
+Similarity is the cosine between keys averaged over the heads; up to half of the mergeable tokens
+can go at a site. Register tokens, which the original does not know, are protected like the class
+token.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tomexport.exporter.families.family import Signals
+from tomexport.exporter.methods.method import Method
+from tomexport.kernels.operators import MERGE
+from tomexport.plan import two_set_limit
+
+
+def _mean_key(signals: Signals) -> Tensor:
+    return signals.keys.mean(dim=2)  # (B, N, H, D) → (B, N, D)
+
+
+TOME = Method(
+    name="tome",
+    needs=("keys",),
+    limit=two_set_limit,
+    signal=_mean_key,
+    operator=MERGE,
+)

@@ -1,0 +1,117 @@
+"""A model and where it is from: a checkpoint file, a timm name, or a module as it is."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tomexport.errors import RewriteError
+from tomexport.exporter import checkpoint, zoo
+from tomexport.exporter.architecture import build
+from tomexport.exporter.families import family_of
+from tomexport.exporter.rewrite import private_copy
+from tomexport.exporter.weights import seed_weights
+
+RANDOM = "random, seed"  # how the words for weights that were drawn begin
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model and where it is from.
+
+    Attributes:
+        model: the original module, in evaluation mode.
+        names: timm names that it could be; empty for a module of the user's own.
+        weights: where the weights are from, in words.
+        preprocessing: how images are prepared, or None if it is not known.
+        notes: what the user should know of how it was found.
+    """
+
+    model: nn.Module
+    names: tuple[str, ...]
+    weights: str
+    preprocessing: dict[str, Any] | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What to call the model."""
+        return self.names[0] if self.names else type(self.model).__name__
+
+
+def find(
+    model: str | Path | nn.Module,
+    *,
+    arch: str | None = None,
+    img_size: tuple[int, int] | None = None,
+    random_weights: int | None = None,
+    with_weights: bool = True,
+) -> Source:
+    """Find a model.
+
+    Args:
+        model: path, name or module.
+        arch: timm name of a checkpoint's architecture; None finds it.
+        img_size: (height, width) in pixels to resample the positions for.
+        random_weights: seed for weights instead of trained ones.
+        with_weights: False builds a name without its weights.
+
+    Raises: CheckpointError, RewriteError, UnknownNameError or MissingExtraError.
+    """
+    if isinstance(model, nn.Module):
+        if arch or random_weights is not None:
+            raise RewriteError("arch and random_weights go with a file or a name, not a module.")
+        found = Source(model, (), "a module in memory", None)
+    elif checkpoint.looks_like_file(str(model)):
+        found = _from_file(Path(model), arch, random_weights)
+    else:
+        found = _from_name(str(model), arch, random_weights, with_weights)
+    return _resize(found, img_size) if img_size else found
+
+
+def _from_file(path: Path, arch: str | None, seed: int | None) -> Source:
+    if seed is not None:
+        raise RewriteError(
+            f"{path} is a file with weights of its own; --random-weights goes with a name."
+        )
+    built = build(checkpoint.load_checkpoint(path), arch)
+    return Source(built.model, built.names, path.name, built.preprocessing, built.notes)
+
+
+def _from_name(name: str, arch: str | None, seed: int | None, with_weights: bool) -> Source:
+    if arch and arch != name:
+        raise RewriteError(f"--arch {arch} goes with a checkpoint file; {name!r} is a name itself.")
+    zoo.check_name(name)
+    if seed is not None:
+        model = seed_weights(zoo.timm().create_model(name), seed).eval()
+        weights = f"{RANDOM} {seed}"
+    elif with_weights:
+        model, weights = zoo.pretrained(name), "timm, pretrained"
+    else:
+        model, weights = zoo.skeleton(name), "none"
+    return Source(model, (name,), weights, zoo.preprocessing(name))
+
+
+def _resize(found: Source, img_size: tuple[int, int]) -> Source:
+    """Resample the positions of a model for another image size."""
+    old = family_of(found.model).input_shape(found.model)[1:]
+    if img_size == old:
+        return found
+    model = private_copy(found.model)
+    patch = model.patch_embed.patch_size
+    near = tuple(max(1, round(s / p)) * p for s, p in zip(img_size, patch, strict=True))
+    if near != img_size:
+        raise RewriteError(
+            f"An image of {img_size[0]}×{img_size[1]} does not divide into patches of "
+            f"{patch[0]}×{patch[1]}; the nearest that does is {near[0]}×{near[1]}."
+        )
+    model.set_input_size(img_size=img_size)
+    note = f"positions resampled from {old[0]}×{old[1]} to {img_size[0]}×{img_size[1]} pixels"
+    prepared = found.preprocessing and found.preprocessing | {"size": list(img_size)}
+    return dataclasses.replace(
+        found, model=model, preprocessing=prepared, notes=(*found.notes, note)
+    )

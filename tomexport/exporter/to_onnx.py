@@ -1,0 +1,139 @@
+"""Reduced module → ONNX graph: traced by PyTorch, with the operators' bodies attached."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common as passes
+
+from tomexport.artifact import DOMAIN
+from tomexport.errors import ExportError, pick, plain
+from tomexport.exporter.rewrite import ReducedModel
+from tomexport.kernels.operators import OPERATORS
+
+MIN_OPSET, MAX_OPSET, DEFAULT_OPSET = 18, 23, 18
+INPUT_NAME = "image"
+_IR_VERSION = 10  # the first with overloads, which give each site a body of its own
+
+
+def to_onnx(
+    model: ReducedModel, *, batch: int | None, opset: int, portable: bool
+) -> tuple[ir.Model, tuple[str, ...]]:
+    """Export a reduced module.
+
+    Args:
+        model: what to export.
+        batch: images per call, or None for any number.
+        opset: ONNX opset, 18 or newer.
+        portable: standard operators only, instead of nodes of our domain with function bodies.
+
+    Returns:
+        The graph, and the names of the target maps inside it, one per reduction.
+
+    Raises: ExportError if PyTorch cannot trace or convert the model.
+    """
+    graph_model = _trace(model, batch, opset)
+    decisions = _attach_bodies(graph_model, opset)
+    if portable:
+        passes.InlinePass()(graph_model)
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph_model)
+        graph_model.opset_imports.pop(DOMAIN, None)
+    passes.RemoveUnusedNodesPass()(graph_model)
+    passes.DeduplicateInitializersPass()(graph_model)
+    passes.ShapeInferencePass()(graph_model)
+    graph_model.ir_version = _IR_VERSION
+    graph_model.producer_name = DOMAIN
+    _require_static(graph_model, batch)
+    return graph_model, decisions
+
+
+def _trace(model: ReducedModel, batch: int | None, opset: int) -> ir.Model:
+    n_example = 2 if batch is None else batch  # torch.export takes a batch of one for a constant
+    example = torch.zeros(n_example, *model.input_shape)
+    dynamic = ({0: torch.export.Dim("batch")},) if batch is None else None
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                model,
+                (example,),
+                dynamo=True,
+                opset_version=opset,
+                input_names=[INPUT_NAME],
+                output_names=[model.output],
+                dynamic_shapes=dynamic,
+                external_data=False,
+                verbose=False,
+            )
+    except (RuntimeError, ValueError, TypeError, NotImplementedError) as err:
+        raise ExportError(
+            f"PyTorch {torch.__version__} could not export this model to ONNX: {plain(err)}. "
+            "Run with --debug for its full report."
+        ) from err
+    if program is None:
+        raise ExportError(f"PyTorch {torch.__version__} returned no ONNX program for this model.")
+    graph_model = program.model
+    passes.ClearMetadataAndDocStringPass()(graph_model)
+    return graph_model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep PyTorch's progress, warnings and log lines off the user's screen."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def _attach_bodies(graph_model: ir.Model, opset: int) -> tuple[str, ...]:
+    """Give every node of our domain its function, and its target map a name."""
+    decisions = []
+    nodes = [node for node in graph_model.graph if node.domain == DOMAIN]
+    for index, node in enumerate(nodes):
+        operator = pick("operator", OPERATORS, node.op_type)
+        x, target = node.inputs[0], node.outputs[-1]
+        assert x is not None
+        assert x.shape is not None
+        n_tokens = x.shape[1]
+        assert isinstance(n_tokens, int)
+        attributes = {name: node.attributes[name].as_int() for name in ("r", "n_prefix")}
+        function = operator.body(n_tokens, **attributes, opset=opset)
+        graph_model.functions[function.identifier()] = function
+        node.overload = function.overload
+        node.name = f"{operator.name}_{index}"
+        target.name = f"decision_{index}"
+        decisions.append(target.name)
+    graph_model.opset_imports[DOMAIN] = 1
+    return tuple(decisions)
+
+
+def _require_static(graph_model: ir.Model, batch: int | None) -> None:
+    """Check the promise that every shape is known, but for a dynamic batch.
+
+    Raises: ExportError naming the first value whose shape is not.
+    """
+    for node in graph_model.graph:
+        for value in node.outputs:
+            dims = value.shape
+            known = dims is not None and all(
+                isinstance(dim, int) or (batch is None and i == 0) for i, dim in enumerate(dims)
+            )
+            if not known and not (batch is None and _is_shape_arithmetic(node)):
+                raise ExportError(
+                    f"The output {value.name} of {node.op_type} has the shape {dims}, which is not "
+                    "known before it runs. This is an error of tomexport; please report the model."
+                )
+
+
+def _is_shape_arithmetic(node: ir.Node) -> bool:
+    return node.op_type in ("Shape", "Concat", "Gather", "Squeeze", "Unsqueeze")

@@ -1,0 +1,37 @@
+"""Weights that are not trained: seeded for trials, hashed for the record."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import nn
+
+
+def seed_weights(model: nn.Module, seed: int) -> nn.Module:
+    """Fill every parameter from a seed, each away from the value it is initialised with.
+
+    An initial value can hide an error (a LayerScale of 1e-5 hides a whole block), so scales are
+    drawn around 1, biases around 0, and matrices keep the variance of their input.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            values = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim >= 2 and not name.endswith(("_token", "pos_embed", "latent")):
+                values *= parameter[0].numel() ** -0.5
+            elif parameter.ndim == 1 and name.endswith(("weight", "gamma")):
+                values = 1 + 0.2 * values
+            else:
+                values *= 0.2
+            parameter.copy_(values)
+    return model
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Return the SHA-256 of a model's weights: names, types, shapes and bytes, in name order."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,102 @@
+"""Merge in torch, written for reading: this defines what every other form must compute."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def parities(n_prefix: int) -> tuple[int, int]:
+    """Return the first even and the first odd position after the prefix: where A and B begin."""
+    return n_prefix + n_prefix % 2, n_prefix + 1 - n_prefix % 2
+
+
+def _scores(metric: Float[Tensor, "B N D"], n_prefix: int) -> Float[Tensor, "B A O"]:
+    """Cosine similarity of every token of A with every token of B."""
+    first_a, first_b = parities(n_prefix)
+    metric = metric.float()
+    direction = metric / metric.norm(dim=-1, keepdim=True)
+    scores: Tensor = direction[:, first_a::2] @ direction[:, first_b::2].mT  # (B, |A|, |B|)
+    return scores
+
+
+def match(metric: Float[Tensor, "B N D"], r: int, n_prefix: int) -> Int[Tensor, "B N"]:
+    """Match the r most redundant tokens of A to their nearest token of B.
+
+    Args:
+        metric: what similarity is measured on; for ToMe the keys, averaged over the heads.
+        r: tokens to remove, 1 .. (N − n_prefix) // 2.
+        n_prefix: tokens at the front that stay as they are.
+
+    Returns:
+        The slot of each token, 0 .. N − r − 1.
+    """
+    n = metric.shape[1]
+    best, partner = _scores(metric, n_prefix).max(dim=-1)  # (B, |A|); the first maximum wins
+    order = best.argsort(dim=-1, descending=True, stable=True)
+    sources, kept = order[:, :r], order[:, r:]
+    if n_prefix:
+        kept = kept.sort(dim=-1).values
+
+    n_kept = kept.shape[1]
+    first_b_slot = n_prefix + n_kept
+    slots = torch.empty_like(partner)
+    slots.scatter_(1, kept, n_prefix + torch.arange(n_kept).expand_as(kept))
+    slots.scatter_(1, sources, first_b_slot + partner.gather(1, sources))
+
+    first_a, first_b = parities(n_prefix)
+    target = torch.empty(metric.shape[:2], dtype=torch.int64)  # (B, N)
+    target[:, :n_prefix] = torch.arange(n_prefix)
+    target[:, first_a::2] = slots
+    target[:, first_b::2] = torch.arange(first_b_slot, n - r)
+    return target
+
+
+def margin(metric: Float[Tensor, "B N D"], r: int, n_prefix: int) -> Float[Tensor, " B"]:
+    """Return how far the nearest other decision is, in units of cosine similarity.
+
+    A form whose scores are off by less than half of this must decide the same.
+    """
+    scores = _scores(metric, n_prefix)
+    ranked = scores.max(dim=-1).values.sort(dim=-1, descending=True)
+    gaps = -ranked.values.diff(dim=-1)  # (B, |A|−1); gap i parts rank i from rank i + 1
+    deciding = gaps[:, r - 1 : r] if n_prefix else gaps[:, r - 1 :]  # kept tokens are ranked too
+    result = torch.full((metric.shape[0],), torch.inf)
+    if deciding.shape[1]:
+        result = torch.minimum(result, deciding.amin(dim=-1))
+    if scores.shape[2] > 1:
+        merged = scores.gather(1, ranked.indices[:, :r, None].expand(-1, -1, scores.shape[2]))
+        first, second = merged.topk(2, dim=-1).values.unbind(-1)  # (B, r)
+        result = torch.minimum(result, (first - second).amin(dim=-1))
+    return result
+
+
+def merge(
+    x: Float[Tensor, "B N C"],
+    size: Float[Tensor, "S N 1"],
+    metric: Float[Tensor, "B N D"],
+    *,
+    r: int,
+    n_prefix: int,
+) -> tuple[Float[Tensor, "B M C"], Float[Tensor, "B M 1"], Int[Tensor, "B N"]]:
+    """Merge r tokens: x becomes the size-weighted mean, sizes add up.
+
+    Args:
+        x: tokens.
+        size: how many original tokens each stands for; S is B, or 1 where all images agree.
+        metric: see `match`.
+        r: tokens to remove.
+        n_prefix: protected tokens at the front.
+
+    Returns:
+        The tokens that are left, their sizes, and the slot that each token went to.
+    """
+    target = match(metric, r, n_prefix)
+    n_batch, n, n_channels = x.shape
+    size = size.expand(n_batch, n, 1)
+    slot = target[:, :, None]  # (B, N, 1)
+    total = x.new_zeros(n_batch, n - r, n_channels)
+    total.scatter_add_(1, slot.expand(-1, -1, n_channels), x * size)
+    merged_size = size.new_zeros(n_batch, n - r, 1).scatter_add_(1, slot, size)
+    return total / merged_size, merged_size, target

@@ -1,0 +1,449 @@
+"""The whole way: model → plan → reduced module → file, proven before it appears.
+
+The only module that knows both the exporter and the runtimes. The functions here are the Python
+interface of the package; the command line calls them and prints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tomexport.artifact import (
+    DOMAIN,
+    GOLDEN_KEY,
+    METADATA_KEY,
+    Array,
+    Golden,
+    Metadata,
+    golden_images,
+)
+from tomexport.errors import ExportError, UnknownNameError, VerifyError, need, pick
+from tomexport.plan import Plan, Schedule
+from tomexport.runtime.load import readers
+from tomexport.runtime.verify import VerifyReport
+from tomexport.runtime.verify import verify as verify_file
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from torch import nn
+
+    from tomexport.exporter.rewrite import ReducedModel
+    from tomexport.exporter.source import Source
+
+Progress = Callable[[str], None]
+_TWO_GB = 2**31 - 2**24  # protobuf's limit, less room for the graph itself
+
+
+class Images(Protocol):
+    """Images of the user's own, to be prepared as an exported file says."""
+
+    @property
+    def description(self) -> str:
+        """Which images these are, in words."""
+        ...
+
+    def __call__(self, metadata: Metadata) -> Array:
+        """Return (B, channels, height, width) float32."""
+        ...
+
+
+def _silent(message: str) -> None:
+    del message
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """The result of `export`.
+
+    Attributes:
+        path: the file.
+        files: all files written, with their sizes in bytes.
+        metadata: what the file says of itself.
+        verify: the proof, or None if it was not asked for.
+        notes: what the user should know.
+    """
+
+    path: str
+    files: dict[str, int]
+    metadata: Metadata
+    verify: VerifyReport | None
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain JSON data."""
+        metadata = dataclasses.asdict(self.metadata) | {"plan": self.metadata.plan.to_dict()}
+        return {
+            "path": self.path,
+            "files": self.files,
+            "notes": self.notes,
+            "metadata": metadata,
+            "verify": self.verify.to_dict() if self.verify else None,
+        }
+
+
+def plan(
+    model: str | Path | nn.Module,
+    schedule: str,
+    *,
+    method: str = "tome",
+    arch: str | None = None,
+    img_size: tuple[int, int] | None = None,
+) -> Plan:
+    """Compute the tokens and MACs of every block; a name needs no weights.
+
+    Raises: PlanError for a schedule that cannot be, UnknownNameError, CheckpointError or
+        RewriteError for a model that cannot.
+    """
+    wanted = Schedule.parse(schedule)  # before torch is loaded
+    found = _find(model, arch=arch, img_size=img_size, with_weights=False)
+    return _plan(found, wanted, method)
+
+
+def _find(model: str | Path | nn.Module, **options: Any) -> Source:
+    need("torch", "export")
+    from tomexport.exporter.source import find
+
+    return find(model, **options)
+
+
+def _plan(found: Source, schedule: Schedule, method: str) -> Plan:
+    from tomexport.exporter.families import family_of
+    from tomexport.exporter.methods import METHODS
+
+    chosen = pick("method", METHODS, method)
+    cost = family_of(found.model).cost(found.model, found.name)
+    return Plan.make(cost, schedule, chosen.name, chosen.limit)
+
+
+def reduce(
+    model: str | Path | nn.Module,
+    schedule: str,
+    *,
+    method: str = "tome",
+    prop_attn: bool = True,
+    arch: str | None = None,
+    img_size: tuple[int, int] | None = None,
+    random_weights: int | None = None,
+) -> ReducedModel:
+    """Make a module with reduced tokens around the weights of a model, which stays as it was.
+
+    Usage:
+        reduced = tomexport.reduce(timm.create_model("deit_tiny_patch16_224"), "const:8")
+        logits = reduced(images)  # (B, 3, H, W) → (B, classes)
+
+    Raises: RewriteError if the model cannot be reduced correctly, and what `plan` raises.
+    """
+    wanted = Schedule.parse(schedule)
+    found = _find(model, arch=arch, img_size=img_size, random_weights=random_weights)
+    return _reduce(found, wanted, method, prop_attn)
+
+
+def _reduce(found: Source, schedule: Schedule, method: str, prop_attn: bool) -> ReducedModel:
+    from tomexport.exporter.methods import METHODS
+    from tomexport.exporter.rewrite import ReducedModel
+
+    chosen = pick("method", METHODS, method)
+    return ReducedModel(found.model, _plan(found, schedule, method), chosen, prop_attn=prop_attn)
+
+
+def export(
+    model: str | Path | nn.Module,
+    schedule: str,
+    output: str | Path,
+    *,
+    method: str = "tome",
+    arch: str | None = None,
+    batch: int | None = 1,
+    img_size: tuple[int, int] | None = None,
+    opset: int | None = None,
+    ops: str | None = None,
+    half: bool = False,
+    prop_attn: bool = True,
+    random_weights: int | None = None,
+    verify: bool = True,
+    images: Images | None = None,
+    force: bool = False,
+    keep: bool = False,
+    progress: Progress = _silent,
+) -> ExportReport:
+    """Export a model with reduced tokens, and prove the file before it appears.
+
+    Usage:
+        report = tomexport.export("model.pth", "exp:0.25,0", "model.onnx")
+        report.verify.passed
+
+    Args:
+        model: checkpoint file, timm name or module.
+        schedule: tokens to remove: none, const:R, linear:R, exp:R_INIT,ALPHA or list:….
+        output: the file; .onnx or .xml.
+        method: how tokens are chosen.
+        arch: timm name of a checkpoint's architecture; None finds it.
+        batch: images per call; None for any number.
+        img_size: (height, width) in pixels; None as the weights have it.
+        opset: ONNX opset; None for 18.
+        ops: "custom" or "portable"; None is custom for .onnx, portable for .xml.
+        half: store the weights of an .xml as float16.
+        prop_attn: weight keys by the patches they stand for.
+        random_weights: seed for weights instead of trained ones.
+        verify: compare with PyTorch in every runtime that is installed.
+        images: loads images of the user's own to compare on as well.
+        force: replace an existing file.
+        keep: leave the file even if it fails.
+        progress: is told what is being done.
+
+    Raises: VerifyError if the file does not compute what PyTorch computes, ExportError if it
+        cannot be written, and what `reduce` raises. Nothing is left behind.
+    """
+    wanted = Schedule.parse(schedule)
+    output = Path(output)
+    ops = _check_request(output, ops, batch, opset, half, force)
+    progress("finding the model")
+    found = _find(model, arch=arch, img_size=img_size, random_weights=random_weights)
+    progress("planning and rewriting")
+    reduced = _reduce(found, wanted, method, prop_attn)
+    progress("tracing the graph")
+    from tomexport.exporter.golden import record
+    from tomexport.exporter.to_onnx import DEFAULT_OPSET, to_onnx
+
+    opset = opset or DEFAULT_OPSET
+    graph, decisions = to_onnx(reduced, batch=batch, opset=opset, portable=ops == "portable")
+    progress("recording the golden set")
+    golden = record(reduced, found.model, golden_images(reduced.input_shape))
+    metadata = _metadata(found, reduced, batch, opset, ops, half, prop_attn, decisions)
+    with _staging(output) as folder:
+        staged = folder / output.name
+        progress(f"writing {output.name}")
+        _write(graph, metadata, golden, staged)
+        proof = verify_file(staged, progress=progress) if verify else None
+        if proof and proof.passed and images:
+            progress("computing the images with PyTorch")
+            own = record(reduced, found.model, images(metadata))
+            proof = verify_file(staged, golden=own, images=images.description, progress=progress)
+        if proof:
+            proof = dataclasses.replace(proof, path=str(output))
+        failed = proof is not None and not proof.passed
+        if not failed or keep:
+            files = _publish(folder, output, force)
+    if failed:
+        assert proof is not None
+        raise ProofError(proof, kept=keep)
+    return ExportReport(str(output), files, metadata, proof, (*found.notes, *reduced.plan.notes))
+
+
+class ProofError(VerifyError):
+    """An export whose file does not compute what PyTorch computes.
+
+    Attributes:
+        report: the comparison.
+    """
+
+    def __init__(self, report: VerifyReport, *, kept: bool) -> None:
+        self.report = report
+        runs = [
+            f"{run.backend} {run.precision}, batch {run.batch}: {'; '.join(run.failures)}"
+            for run in report.runs
+            if not run.passed
+        ]
+        fate = "The file was kept." if kept else "No file was kept; --keep leaves it."
+        super().__init__(
+            f"{report.path} does not compute what PyTorch computes. {'. '.join(runs)}. {fate}"
+        )
+
+
+def reference(
+    path: str | Path,
+    model: str | Path | nn.Module | None,
+    images: Images | None = None,
+    *,
+    arch: str | None = None,
+) -> tuple[Golden, str]:
+    """Compute with PyTorch what an exported file should compute.
+
+    Args:
+        path: the file; its plan says how to reduce the model.
+        model: what it was exported from.
+        images: loads the images to compare on; None draws the golden ones again.
+        arch: timm name of a checkpoint's architecture; None takes the file's.
+
+    Returns:
+        What PyTorch computes, and what to call the images.
+
+    Raises: VerifyError if the weights are not those of the file, and what `reduce` raises.
+    """
+    if model is None:
+        raise VerifyError(
+            "Comparing on images, or with another --arch, runs PyTorch again: add --against MODEL "
+            "with the checkpoint or name that the file was exported from."
+        )
+    metadata = describe(path)
+    from tomexport.exporter.golden import record
+    from tomexport.exporter.source import RANDOM
+    from tomexport.exporter.weights import weights_sha256
+
+    is_file = isinstance(model, (str, Path)) and Path(model).exists()
+    words, _, seed = metadata.weights.rpartition(" ")
+    found = _find(
+        model,
+        arch=arch or (metadata.names[0] if is_file and metadata.names else None),
+        img_size=metadata.input_shape[2:],
+        random_weights=int(seed) if words == RANDOM and not is_file else None,
+    )
+    if weights_sha256(found.model) != metadata.weights_sha256:
+        raise VerifyError(
+            f"The weights of {model} are not those that {path} was exported from (their SHA-256 "
+            "differ). Give the checkpoint that it was exported from, or export it again."
+        )
+    schedule = Schedule.parse(metadata.plan.schedule)
+    reduced = _reduce(found, schedule, metadata.plan.method, metadata.prop_attn)
+    loaded = images(metadata) if images else golden_images(reduced.input_shape)
+    return record(reduced, found.model, loaded), images.description if images else "drawn again"
+
+
+def describe(path: str | Path) -> Metadata:
+    """Read what an exported file says of itself.
+
+    Raises: BackendError or VerifyError if it is no file of tomexport's.
+    """
+    from tomexport.runtime.backend import read_artifact
+    from tomexport.runtime.load import require_readable
+
+    path = Path(path)
+    backend = readers(path)[0]
+    require_readable(path, backend)
+    return read_artifact(backend, path)[0]
+
+
+def _check_request(
+    output: Path, ops: str | None, batch: int | None, opset: int | None, half: bool, force: bool
+) -> str:
+    """Refuse what cannot be written before any work is done; return the ops to use."""
+    suffix = output.suffix
+    if suffix not in (".onnx", ".xml"):
+        raise ExportError(
+            f"{output.name}: the suffix {suffix!r} says no format; use .onnx, or .xml for "
+            "OpenVINO IR."
+        )
+    if not output.parent.is_dir():
+        raise ExportError(f"There is no folder {output.parent} for {output.name}; make it first.")
+    targets = [output, output.with_suffix(".bin")] if suffix == ".xml" else [output]
+    existing = [str(target) for target in targets if target.exists()]
+    if output.is_dir():
+        raise ExportError(f"{output} is a folder; name a file in it.")
+    if existing and not force:
+        raise ExportError(f"{' and '.join(existing)} exists already; --force replaces it.")
+    if batch is not None and batch < 1:
+        raise ExportError(f"A batch of {batch} holds no image; use 1 or more, or 'dynamic'.")
+    if opset is not None and not 18 <= opset <= 23:
+        raise ExportError(f"Opset {opset} is not supported; use 18 to 23.")
+    if half and suffix != ".xml":
+        raise ExportError("--half stores the weights of an .xml as float16; .onnx keeps float32.")
+    if suffix == ".xml":
+        need("openvino", "openvino")
+        if ops == "custom":
+            raise ExportError(
+                "An .xml with nodes of our own can be read only where our library is loaded; "
+                "use --ops portable, its default."
+            )
+        return "portable"
+    if ops not in (None, "custom", "portable"):
+        raise UnknownNameError(f"Unknown ops {ops!r}; known: custom, portable.")
+    return ops or "custom"
+
+
+def _metadata(
+    found: Source, reduced: ReducedModel, batch: int | None, opset: int, ops: str, half: bool,
+    prop_attn: bool, decisions: tuple[str, ...],
+) -> Metadata:  # fmt: skip
+    from tomexport.exporter.weights import weights_sha256
+    from tomexport.exporter.zoo import preprocessing
+
+    candidates = {}
+    if found.preprocessing is None:
+        candidates = {name: preprocessing(name) for name in found.names}
+    return Metadata(
+        plan=reduced.plan,
+        names=found.names,
+        input_shape=(batch, *reduced.input_shape),
+        output=reduced.output,
+        ops=ops,
+        prop_attn=prop_attn,
+        half=half,
+        decisions=decisions,
+        weights=Path(found.weights).name,
+        weights_sha256=weights_sha256(found.model),
+        preprocessing=found.preprocessing,
+        candidates=candidates,
+        versions=_versions(),
+        opset=opset,
+    )
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in ("tomexport", "torch", "timm", "onnx", "onnxscript", "openvino"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
+
+
+@contextlib.contextmanager
+def _staging(output: Path) -> Iterator[Path]:
+    """Give a hidden folder beside the output, on the same disk, that is gone afterwards."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix=f".{output.stem}.", dir=output.parent)
+    except OSError as err:
+        raise ExportError(f"Cannot write in {output.parent}: {err.strerror or err}.") from err
+    with folder as name:
+        try:
+            yield Path(name)
+        except OSError as err:
+            raise ExportError(
+                f"{output.name} could not be written: {err.strerror or err}. Nothing was kept."
+            ) from err
+
+
+def _write(graph: ir.Model, metadata: Metadata, golden: Golden, staged: Path) -> None:
+    """Write the file, whole, with its metadata and golden set inside."""
+    text = {METADATA_KEY: metadata.to_json(), GOLDEN_KEY: golden.to_text()}
+    if staged.suffix == ".onnx":
+        graph.metadata_props.update({f"{DOMAIN}.{key}": value for key, value in text.items()})
+        _save_onnx(graph, staged)
+        return
+    from tomexport.runtime.openvino_backend import OpenVino
+
+    between = staged.with_suffix(".onnx")
+    _save_onnx(graph, between)
+    OpenVino().save_ir(between, staged, half=metadata.half, text=text)
+    for part in staged.parent.glob(f"{between.name}*"):
+        part.unlink()
+
+
+def _save_onnx(graph: ir.Model, path: Path) -> None:
+    """Write one file; from 2 GB on, where protobuf ends, the weights go to a second one."""
+    import onnx_ir as ir
+
+    weights = [v.const_value for v in graph.graph.initializers.values() if v.const_value]
+    large = sum(tensor.nbytes for tensor in weights) > _TWO_GB
+    ir.save(graph, path, external_data=f"{path.name}.data" if large else None)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _publish(folder: Path, output: Path, force: bool) -> dict[str, int]:
+    """Move the finished files into place, what they depend on first; return their sizes."""
+    staged = sorted(folder.iterdir(), key=lambda file: file.name == output.name)
+    targets = [output.parent / file.name for file in staged]
+    if not force and (existing := [str(t) for t in targets if t.exists()]):
+        raise ExportError(f"{' and '.join(existing)} appeared meanwhile; --force replaces it.")
+    for file, target in zip(staged, targets, strict=True):
+        file.replace(target)
+    return {str(target): target.stat().st_size for target in targets}

@@ -1,0 +1,352 @@
+"""Schedules and token plans: every token count known before anything runs.
+
+Pure arithmetic on integers, no torch. A `Schedule` is what the user asked for, a `Site` is
+one call of a block, a `Step` is what happens at a site, a `Plan` is the steps and their cost.
+
+Sources: ToMe (Bolya et al., ICLR 2023) for constant and linear schedules and for the cap of
+half the tokens; SReT + ToMe for the exponential schedule and for aligned counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tomexport.errors import PlanError
+
+_COUNT_LIMIT = 1_000_000  # more tokens than any image model has; larger is a typing error
+_FORMS = "none, const:R, linear:R, exp:R_INIT,ALPHA or list:R0,R1,…"
+
+# (tokens, prefix tokens) → the most tokens that a method can remove at a site
+Limit = Callable[[int, int], int]
+
+
+def two_set_limit(tokens: int, n_prefix: int) -> int:
+    """Return the most tokens that two-set matching can remove: half of the mergeable ones."""
+    return max(0, (tokens - n_prefix) // 2)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Multiply-accumulates of one block call, as integers to be multiplied by token counts.
+
+    Attributes:
+        before: per token that enters the block (projections of the attention).
+        pair: per pair of tokens that enter the block (the attention products).
+        after: per token that leaves the reduction (the MLP).
+    """
+
+    before: int
+    pair: int
+    after: int
+
+    def macs(self, tokens_in: int, tokens_out: int) -> int:
+        """Return the MACs of a block that reduces between attention and MLP."""
+        return self.before * tokens_in + self.pair * tokens_in**2 + self.after * tokens_out
+
+
+@dataclass(frozen=True)
+class Site:
+    """One call of a block, where tokens can be reduced.
+
+    Attributes:
+        stage: index of the stage; token counts start anew with each.
+        call: index of the call inside its stage.
+        block: name of the block as the model has it.
+        tokens_first: tokens at the start of the stage, prefix tokens included.
+        n_prefix: class, distillation and register tokens, which are never merged.
+        multiple: the tokens left must be a multiple of this.
+        cost: MACs of the call.
+    """
+
+    stage: int
+    call: int
+    block: str
+    tokens_first: int
+    n_prefix: int
+    multiple: int
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """A model as the plan sees it: its sites, and what it costs outside of them.
+
+    Attributes:
+        name: what the user calls the model.
+        sites: the calls of its blocks, in order.
+        fixed: MACs that no token count changes (stem, classifier).
+        pool: MACs per token that is left to pool.
+    """
+
+    name: str
+    sites: tuple[Site, ...]
+    fixed: int
+    pool: int = 0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How many tokens to remove at each site, as the user asked for it.
+
+    Usage:
+        >>> Schedule.parse("exp:0.25,0").text
+        'exp:0.25,0'
+
+    Attributes:
+        kind: "none", "const", "linear", "exp" or "list".
+        values: its numbers; integers except for "exp".
+        text: the schedule as it was written.
+    """
+
+    kind: str
+    values: tuple[float, ...]
+    text: str
+
+    @classmethod
+    def parse(cls, text: str) -> Schedule:
+        """Read a schedule.
+
+        Raises: PlanError saying which number is missing, malformed or out of range.
+        """
+        kind, colon, rest = text.strip().partition(":")
+        if kind not in _PARSERS:
+            raise PlanError(f"Unknown schedule {text!r}; a schedule is {_FORMS}.")
+        if kind == "none":
+            if colon:
+                raise PlanError(f"{text!r}: 'none' takes no numbers; write it alone.")
+            return cls("none", (), "none")
+        fields = rest.split(",")
+        return cls(kind, _PARSERS[kind](text, fields), f"{kind}:{','.join(fields)}")
+
+    def requests(self, sites: Sequence[Site]) -> list[int]:
+        """Return the tokens requested at each site, before caps and alignment.
+
+        Raises: PlanError if a list is longer than the sites.
+        """
+        n = len(sites)
+        if self.kind == "none":
+            return [0] * n
+        if self.kind == "const":
+            return [int(self.values[0])] * n
+        if self.kind == "linear":
+            first = 2 * int(self.values[0])
+            step = first / (n - 1) if n > 1 else 0.0
+            return [int(first - step * i) for i in range(n)]
+        if self.kind == "exp":
+            r_init, alpha = self.values
+            starts = [int((site.tokens_first - site.n_prefix) * r_init) for site in sites]
+            return [
+                int(start * alpha**site.call) for start, site in zip(starts, sites, strict=True)
+            ]
+        if len(self.values) > n:
+            raise PlanError(
+                f"{self.text} has {len(self.values)} numbers, but the model has {n} sites; "
+                f"leave out the last {len(self.values) - n}."
+            )
+        return [int(value) for value in self.values] + [0] * self.padding(n)
+
+    def padding(self, n_sites: int) -> int:
+        """Return how many sites a list leaves unnamed; they remove nothing."""
+        return max(0, n_sites - len(self.values)) if self.kind == "list" else 0
+
+
+def _count(text: str, field: str, position: str) -> int:
+    if not re.fullmatch(r"[0-9]+", field.strip()):
+        what = "is empty" if not field.strip() else f"is {field.strip()!r}"
+        raise PlanError(
+            f"{text!r}: {position} {what}; token counts are whole numbers from 0 up, like 8."
+        )
+    if len(field.strip()) > 7 or int(field) > _COUNT_LIMIT:
+        raise PlanError(
+            f"{text!r}: {position} is above {_COUNT_LIMIT:,}, more tokens than a model has."
+        )
+    return int(field)
+
+
+def _parse_one_count(text: str, fields: list[str]) -> tuple[float, ...]:
+    if len(fields) != 1:
+        raise PlanError(
+            f"{text!r} has {len(fields)} numbers; this schedule takes one count per block. "
+            f"For a count of its own for each block write list:{','.join(fields)}"
+        )
+    return (_count(text, fields[0], "the count"),)
+
+
+def _parse_list(text: str, fields: list[str]) -> tuple[float, ...]:
+    return tuple(_count(text, field, f"number {i + 1}") for i, field in enumerate(fields))
+
+
+def _parse_exp(text: str, fields: list[str]) -> tuple[float, ...]:
+    if len(fields) != 2:
+        raise PlanError(
+            f"{text!r} has {len(fields)} number{'s' if len(fields) != 1 else ''}; an exponential "
+            "schedule needs two, the first share and its decay: exp:0.25,0 merges a quarter of "
+            "the tokens once."
+        )
+    return tuple(
+        _share(text, field, name) for field, name in zip(fields, ("R_INIT", "ALPHA"), strict=True)
+    )
+
+
+def _share(text: str, field: str, name: str) -> float:
+    if not re.fullmatch(r"[0-9]+(\.[0-9]*)?|\.[0-9]+", field.strip()):
+        what = "is empty" if not field.strip() else f"is {field.strip()!r}"
+        raise PlanError(f"{text!r}: {name} {what}; write a plain number from 0 to 1, like 0.25.")
+    value = float(field)
+    if value > 1:
+        raise PlanError(f"{text!r}: {name} is {value:g}, but it is a share from 0 to 1, like 0.25.")
+    return value
+
+
+_PARSERS: dict[str, Callable[[str, list[str]], tuple[float, ...]]] = {
+    "none": lambda text, fields: (),
+    "const": _parse_one_count,
+    "linear": _parse_one_count,
+    "exp": _parse_exp,
+    "list": _parse_list,
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """What happens at one site. All counts include the prefix tokens.
+
+    Attributes:
+        block, stage, call: the site.
+        tokens_in: tokens that the attention sees.
+        requested: tokens that the schedule asks to remove.
+        removed: tokens that are removed, after the method's limit and the stage's alignment.
+        tokens_out: tokens that the MLP sees.
+        macs: multiply-accumulates of the block call.
+    """
+
+    block: str
+    stage: int
+    call: int
+    tokens_in: int
+    requested: int
+    removed: int
+    tokens_out: int
+    macs: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The token count at every site of a model, and what it costs.
+
+    Usage:
+        plan = Plan.make(model_cost, Schedule.parse("const:8"), "tome", two_set_limit)
+        plan.macs / plan.macs_unreduced
+
+    Attributes:
+        model: name of the model.
+        method: name of the reduction method.
+        schedule: the schedule as text.
+        n_prefix: tokens that are never merged.
+        steps: one per site, in order.
+        macs: multiply-accumulates per image: convolutions, linear layers and attention.
+        macs_unreduced: the same for the original model.
+        notes: what the reader should know: capped, aligned or padded requests.
+    """
+
+    model: str
+    method: str
+    schedule: str
+    n_prefix: int
+    steps: tuple[Step, ...]
+    macs: int
+    macs_unreduced: int
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def make(cls, model: ModelCost, schedule: Schedule, method: str, limit: Limit) -> Plan:
+        """Turn a schedule into the token counts of a model.
+
+        Raises: PlanError if the schedule does not fit the model's sites.
+        """
+        steps: list[Step] = []
+        for site, request in zip(model.sites, schedule.requests(model.sites), strict=True):
+            tokens = steps[-1].tokens_out if steps and site.call else site.tokens_first
+            removed = _fit(request, tokens, limit(tokens, site.n_prefix), site.multiple)
+            out = tokens - removed
+            macs = site.cost.macs(tokens, out)
+            steps.append(
+                Step(site.block, site.stage, site.call, tokens, request, removed, out, macs)
+            )
+        last = model.sites[-1]
+        return cls(
+            model=model.name,
+            method=method,
+            schedule=schedule.text,
+            n_prefix=last.n_prefix,
+            steps=tuple(steps),
+            macs=_total(model, [step.macs for step in steps], steps[-1].tokens_out),
+            macs_unreduced=_total(
+                model,
+                [site.cost.macs(site.tokens_first, site.tokens_first) for site in model.sites],
+                last.tokens_first,
+            ),
+            notes=_notes(steps, schedule.padding(len(steps))),
+        )
+
+    @property
+    def removed_total(self) -> int:
+        """Tokens removed over all sites."""
+        return sum(step.removed for step in self.steps)
+
+    @property
+    def predicted_speedup(self) -> float:
+        """Speed-up if time were proportional to MACs."""
+        return self.macs_unreduced / self.macs
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as plain JSON data; the sites hold integers and the block's name."""
+        data = dataclasses.asdict(self)
+        data["sites"] = data.pop("steps")
+        return data | {
+            "removed_total": self.removed_total,
+            "predicted_speedup": round(self.predicted_speedup, 4),
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Plan:
+        """Rebuild a plan from `to_dict`."""
+        names = [field.name for field in dataclasses.fields(cls) if field.name in data]
+        fields = {name: data[name] for name in names}
+        fields["steps"] = tuple(Step(**step) for step in data["sites"])
+        fields["notes"] = tuple(data["notes"])
+        return cls(**fields)
+
+
+def _fit(request: int, tokens: int, limit: int, multiple: int) -> int:
+    """Return what can be removed of a request: aligned upwards, then within the limit."""
+    if request == 0:
+        return 0
+    aligned = request + (tokens - request) % multiple
+    if aligned <= limit:
+        return aligned
+    return max(0, limit - (limit - tokens) % multiple)
+
+
+def _total(model: ModelCost, block_macs: list[int], tokens_left: int) -> int:
+    n_pooled = tokens_left - model.sites[-1].n_prefix
+    return model.fixed + sum(block_macs) + model.pool * n_pooled
+
+
+def _notes(steps: Sequence[Step], padding: int) -> tuple[str, ...]:
+    notes = []
+    capped = [step for step in steps if step.removed < step.requested]
+    if capped:
+        where = ", ".join(f"{s.block}: {s.requested} → {s.removed}" for s in capped)
+        notes.append(f"capped, a site can merge at most half of its mergeable tokens ({where})")
+    aligned = [step for step in steps if step.removed > step.requested]
+    if aligned:
+        where = ", ".join(f"{s.block}: {s.requested} → {s.removed}" for s in aligned)
+        notes.append(f"rounded up, so that the rest divides into slices ({where})")
+    if padding:
+        notes.append(f"the list names {len(steps) - padding} of {len(steps)} sites; 0 at the rest")
+    return tuple(notes)

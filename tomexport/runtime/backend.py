@@ -1,0 +1,110 @@
+"""What a runtime must offer: one class with one method that compiles a file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from tomexport.artifact import GOLDEN_KEY, METADATA_KEY, Golden, Metadata
+from tomexport.errors import BackendError, VerifyError
+
+Array = NDArray[Any]
+
+
+class Session(Protocol):
+    """A compiled file."""
+
+    @property
+    def input_shape(self) -> tuple[int | None, ...]:
+        """(batch, channels, height, width); batch None if it is dynamic."""
+        ...
+
+    @property
+    def precision(self) -> str:
+        """The precision that the runtime says it computes in: "f32", "bf16" or "f16"."""
+        ...
+
+    def run(self, images: Array) -> list[Array]:
+        """Compute the first output, then those that were asked for by name."""
+        ...
+
+
+class Backend(Protocol):
+    """A runtime. The table of them is `load.BACKENDS`."""
+
+    @property
+    def name(self) -> str:
+        """What the runtime is called."""
+        ...
+
+    @property
+    def module(self) -> str:
+        """The Python module that it needs."""
+        ...
+
+    @property
+    def extra(self) -> str:
+        """The extra of tomexport that installs it."""
+        ...
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """The suffixes of the files that it reads."""
+        ...
+
+    def devices(self) -> dict[str, tuple[str, ...]]:
+        """Return the devices that are there, and the precisions of each."""
+        ...
+
+    def read_text(self, path: Path) -> dict[str, str]:
+        """Return what tomexport wrote into the file, by key."""
+        ...
+
+    def compile(
+        self,
+        path: Path,
+        *,
+        device: str,
+        threads: int | None,
+        precision: str | None,
+        extra_outputs: Sequence[str] = (),
+    ) -> Session:
+        """Compile a file; `extra_outputs` are values inside the graph to return as well."""
+        ...
+
+
+def check_device(backend: Backend, device: str, precision: str | None) -> None:
+    """Refuse what the machine does not have.
+
+    Raises: BackendError listing what there is.
+    """
+    devices = backend.devices()
+    if device not in devices:
+        raise BackendError(
+            f"{backend.name} has no device {device!r} here; it has {', '.join(devices)}."
+        )
+    if precision is not None and precision not in devices[device]:
+        raise BackendError(
+            f"{backend.name} on {device} cannot compute in {precision!r} here; it can in "
+            f"{', '.join(devices[device])}, or leave the precision out for its own default."
+        )
+
+
+def read_artifact(backend: Backend, path: Path) -> tuple[Metadata, Golden]:
+    """Read the metadata and the golden set of a file.
+
+    Raises: VerifyError if tomexport did not write the file or it is damaged.
+    """
+    text = backend.read_text(path)
+    if METADATA_KEY not in text:
+        raise VerifyError(
+            f"{path} carries no tomexport metadata, so there is nothing to verify it against. "
+            "Export it with tomexport."
+        )
+    metadata = Metadata.from_json(text[METADATA_KEY])
+    if GOLDEN_KEY not in text:
+        raise VerifyError(f"{path} carries no golden set; export it again.")
+    return metadata, Golden.from_text(text[GOLDEN_KEY], metadata.input_shape)

@@ -1,0 +1,100 @@
+"""ONNX Runtime. Nodes of our domain run as the functions that the file carries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tomexport.artifact import DOMAIN
+from tomexport.errors import BackendError, need, plain
+from tomexport.runtime.backend import Array, check_device
+
+_PROVIDERS = {
+    "CPU": "CPUExecutionProvider",
+    "CUDA": "CUDAExecutionProvider",
+    "TENSORRT": "TensorrtExecutionProvider",
+}
+
+
+@dataclass(frozen=True)
+class _Session:
+    _session: Any
+    _outputs: tuple[str, ...]
+    input_shape: tuple[int | None, ...]
+    precision: str = "f32"
+
+    def run(self, images: Array) -> list[Array]:
+        name = self._session.get_inputs()[0].name
+        outputs: list[Array] = self._session.run(list(self._outputs), {name: images})
+        return outputs
+
+
+@dataclass(frozen=True)
+class OnnxRuntime:
+    """Runs .onnx files in float32."""
+
+    name: str = "onnxruntime"
+    module: str = "onnxruntime"
+    extra: str = "onnxruntime"
+    suffixes: tuple[str, ...] = (".onnx",)
+
+    def devices(self) -> dict[str, tuple[str, ...]]:
+        """Return the devices whose execution provider is there."""
+        available = need(self.module, self.extra).get_available_providers()
+        return {name: ("f32",) for name, ep in _PROVIDERS.items() if ep in available}
+
+    def read_text(self, path: Path) -> dict[str, str]:
+        """Return our entries of the file's metadata_props."""
+        onnx = need("onnx", self.extra)
+        try:
+            model = onnx.load(path, load_external_data=False)
+        except Exception as err:
+            raise BackendError(f"{path} is not a readable ONNX file ({plain(err)}).") from err
+        prefix = f"{DOMAIN}."
+        entries = {prop.key: prop.value for prop in model.metadata_props}
+        return {k.removeprefix(prefix): v for k, v in entries.items() if k.startswith(prefix)}
+
+    def compile(
+        self,
+        path: Path,
+        *,
+        device: str,
+        threads: int | None,
+        precision: str | None,
+        extra_outputs: Sequence[str] = (),
+    ) -> _Session:
+        """Make a session; with extra outputs, of a graph that returns them as well."""
+        check_device(self, device, precision)
+        ort = need(self.module, self.extra)
+        options = ort.SessionOptions()
+        options.log_severity_level = 3  # errors only
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        try:
+            model = _with_outputs(path, extra_outputs) if extra_outputs else str(path)
+            session = ort.InferenceSession(model, options, providers=[_PROVIDERS[device]])
+        except Exception as err:
+            raise BackendError(f"ONNX Runtime cannot load {path}: {plain(err)}") from err
+        if _PROVIDERS[device] not in session.get_providers():
+            raise BackendError(
+                f"ONNX Runtime lists {device} but could not start it, and fell back to "
+                f"{', '.join(session.get_providers())}. Check the driver, or use --device CPU."
+            )
+        outputs = (session.get_outputs()[0].name, *extra_outputs)
+        shape = tuple(d if isinstance(d, int) else None for d in session.get_inputs()[0].shape)
+        return _Session(session, outputs, shape)
+
+
+def _with_outputs(path: Path, names: Sequence[str]) -> Any:
+    """Return the model with values inside the graph as further outputs.
+
+    A model whose weights lie in a second file cannot travel as bytes; there the graph is written
+    beside it for the moment of loading.
+    """
+    onnx = need("onnx", "onnxruntime")
+    model = onnx.load(path, load_external_data=False)
+    for name in names:
+        model.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
+    return model.SerializeToString()

@@ -1,0 +1,151 @@
+"""OpenVINO: runs .onnx and .xml files, and writes IR.
+
+OpenVINO never expands the functions of an ONNX file, so they are inlined before it reads one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tomexport.artifact import DOMAIN
+from tomexport.errors import BackendError, ExportError, need, plain
+from tomexport.runtime.backend import Array, check_device
+
+_CAPABILITIES = {"FP32": "f32", "BF16": "bf16", "FP16": "f16"}
+_TYPES = {"f32": "f32", "float32": "f32", "bf16": "bf16", "bfloat16": "bf16", "f16": "f16"}
+
+
+@dataclass(frozen=True)
+class _Session:
+    _compiled: Any
+    input_shape: tuple[int | None, ...]
+    precision: str
+
+    def run(self, images: Array) -> list[Array]:
+        results = self._compiled(images, share_inputs=True)
+        # a copy, because the next call writes into the same memory
+        return [np.array(results[i]) for i in range(len(self._compiled.outputs))]
+
+
+@dataclass(frozen=True)
+class OpenVino:
+    """Runs .onnx and .xml files; without a word it computes in the device's own precision."""
+
+    name: str = "openvino"
+    module: str = "openvino"
+    extra: str = "openvino"
+    suffixes: tuple[str, ...] = (".onnx", ".xml")
+
+    def devices(self) -> dict[str, tuple[str, ...]]:
+        """Return the devices of this machine and the precisions that each reports."""
+        core = need(self.module, self.extra).Core()
+        found = {}
+        for device in core.available_devices:
+            capabilities = core.get_property(device, "OPTIMIZATION_CAPABILITIES")
+            found[device] = tuple(p for c, p in _CAPABILITIES.items() if c in capabilities)
+        return found
+
+    def read_text(self, path: Path) -> dict[str, str]:
+        """Return our entries of the file's rt_info, or of its metadata_props."""
+        if path.suffix == ".onnx":
+            from tomexport.runtime.onnxruntime_backend import OnnxRuntime
+
+            return OnnxRuntime().read_text(path)
+        info = self._read(path).get_rt_info()
+        entries = info[DOMAIN] if DOMAIN in info else {}  # noqa: SIM401  OVAny has no get
+        return {key: str(value.value) for key, value in dict(entries).items()}
+
+    def _read(self, path: Path) -> Any:
+        core = need(self.module, self.extra).Core()
+        try:
+            if path.suffix != ".onnx":
+                return core.read_model(path)
+            return core.read_model(*_inlined(path))
+        except Exception as err:
+            raise BackendError(f"OpenVINO cannot read {path}: {plain(err)}") from err
+
+    def compile(
+        self,
+        path: Path,
+        *,
+        device: str,
+        threads: int | None,
+        precision: str | None,
+        extra_outputs: Sequence[str] = (),
+    ) -> _Session:
+        """Compile the file for a device, tuned for the latency of one call."""
+        check_device(self, device, precision)
+        ov = need(self.module, self.extra)
+        model = self._read(path)
+        if extra_outputs:
+            model.add_outputs(list(extra_outputs))
+        hints: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+        if precision is not None:
+            hints["INFERENCE_PRECISION_HINT"] = precision
+        if threads is not None:
+            hints["INFERENCE_NUM_THREADS"] = threads
+        try:
+            compiled = ov.Core().compile_model(model, device, hints)
+        except Exception as err:
+            raise BackendError(
+                f"OpenVINO cannot compile {path} for {device}: {plain(err)}"
+            ) from err
+        used = compiled.get_property("INFERENCE_PRECISION_HINT")
+        shape = tuple(
+            dim.get_length() if dim.is_static else None
+            for dim in compiled.inputs[0].get_partial_shape()
+        )
+        return _Session(compiled, shape, _TYPES.get(used.to_string(), used.to_string()))
+
+    def save_ir(self, onnx_path: Path, xml_path: Path, *, half: bool, text: dict[str, str]) -> None:
+        """Convert an .onnx file to IR with our entries in its rt_info.
+
+        Args:
+            onnx_path: the graph, of standard operators.
+            xml_path: where the .xml goes; the .bin goes beside it.
+            half: store weights as float16.
+            text: what to write into rt_info, by key.
+
+        Raises: ExportError if the files could not be written whole.
+        """
+        ov = need(self.module, self.extra)
+        model = self._read(onnx_path)
+        for key, value in text.items():
+            model.set_rt_info(value, [DOMAIN, key])
+        try:
+            ov.save_model(model, xml_path, compress_to_fp16=half)
+        except Exception as err:
+            raise ExportError(f"OpenVINO could not write {xml_path.name}: {plain(err)}") from err
+        _require_whole(xml_path)
+
+
+def _require_whole(xml_path: Path) -> None:
+    """Check that the .bin is as long as the .xml says: OpenVINO does not notice a full disk."""
+    graph = xml_path.read_text(encoding="utf-8", errors="replace")
+    ends = [
+        int(offset) + int(size)
+        for offset, size in re.findall(r'offset="(\d+)"[^>]*? size="(\d+)"', graph)
+    ]
+    expected, found = max(ends, default=0), xml_path.with_suffix(".bin").stat().st_size
+    if found < expected or not graph.rstrip().endswith("</net>"):
+        raise ExportError(
+            f"The IR was not written whole ({found} of {expected} bytes of weights); "
+            "the disk may be full. Nothing was kept."
+        )
+
+
+def _inlined(path: Path) -> tuple[Any, ...]:
+    """Return what `read_model` takes: the path, or the model's bytes with functions expanded."""
+    onnx = need("onnx", "openvino")
+    model = onnx.load(path, load_external_data=False)
+    if not model.functions:
+        return (path,)
+    from onnx import inliner
+
+    return (inliner.inline_local_functions(model).SerializeToString(),)

@@ -1,0 +1,127 @@
+"""Reports as tables for people. JSON for machines comes from the reports' own `to_dict`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from tomexport.pipeline import ExportReport
+from tomexport.plan import Plan
+from tomexport.runtime.doctor import Diagnosis
+from tomexport.runtime.verify import VerifyReport
+
+
+def _table(*columns: str, title: str | None = None) -> Table:
+    """Make a table whose first column is text and whose others are numbers."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
+    return table
+
+
+def plan_table(plan: Plan) -> RenderableType:
+    """Show tokens and MACs of every block, and the totals."""
+    table = _table(
+        "block", "tokens in", "requested", "removed", "tokens out", "MMACs", "share",
+        title=f"{plan.model}, {plan.method}, {plan.schedule}",
+    )  # fmt: skip
+    for step in plan.steps:
+        removed = f"{step.removed}" if step.removed == step.requested else f"{step.removed} *"
+        table.add_row(
+            step.block,
+            f"{step.tokens_in}",
+            f"{step.requested}",
+            removed,
+            f"{step.tokens_out}",
+            f"{step.macs / 1e6:.1f}",
+            f"{step.macs / plan.macs:.1%}",
+        )
+    rest = plan.macs - sum(step.macs for step in plan.steps)
+    table.add_row("stem and head", "", "", "", "", f"{rest / 1e6:.1f}", f"{rest / plan.macs:.1%}")
+    summary = (
+        f"removed {plan.removed_total} tokens in all; {plan.macs / 1e9:.3f} GMACs of "
+        f"{plan.macs_unreduced / 1e9:.3f} unreduced; predicted speed-up "
+        f"{plan.predicted_speedup:.2f}×"
+    )
+    notes = [Text(f"* {note}") for note in plan.notes]
+    return Group(table, Text(summary), *notes)
+
+
+def verify_table(report: VerifyReport) -> RenderableType:
+    """Show each runtime's difference from PyTorch, and what merging itself changes."""
+    n_images = report.runs[0].images if report.runs else 0
+    table = _table(
+        "runtime", "batch", "max |Δ|", "mean |Δ|", "cosine", "top-1", "merged otherwise", "",
+        title=f"{report.path} against PyTorch, {n_images} images ({report.images})",
+    )  # fmt: skip
+    for run in report.runs:
+        verdict = ("pass" if run.passed else "FAIL") if run.gated else "reported"
+        otherwise = f"{run.decided_otherwise}"
+        if run.decided_otherwise and run.gated:
+            otherwise += f" ({run.near_ties} near ties)"
+        table.add_row(
+            f"{run.backend} {run.device} {run.precision}",
+            f"{run.batch}",
+            f"{run.max_abs:.1e}",
+            f"{run.mean_abs:.1e}",
+            f"{run.cosine:.6f}",
+            "–" if run.top1 is None else f"{run.top1:.0%}",
+            otherwise,
+            Text(verdict, style={"pass": "green", "FAIL": "bold red"}.get(verdict, "dim")),
+        )
+    failures = [
+        Text(f"{run.backend} {run.precision}, batch {run.batch}: {failure}")
+        for run in report.runs
+        if not run.passed
+        for failure in run.failures
+    ]
+    fidelity = report.fidelity
+    top1 = "" if fidelity.top1 is None else f", top-1 agreement {fidelity.top1:.0%}"
+    merging = f"merging itself, in PyTorch: cosine {fidelity.cosine:.4f} to the original{top1}"
+    return Group(table, *failures, Text(merging))
+
+
+def export_summary(report: ExportReport) -> RenderableType:
+    """Show what was written, and its proof."""
+    plan = report.metadata.plan
+    parts: list[RenderableType] = []
+    if report.verify:
+        parts.append(verify_table(report.verify))
+    parts.append(
+        Text(
+            f"{plan.schedule}: {plan.steps[0].tokens_in} → {plan.steps[-1].tokens_out} tokens, "
+            f"{plan.macs / 1e9:.3f} of {plan.macs_unreduced / 1e9:.3f} GMACs"
+        )
+    )
+    for file, size in report.files.items():
+        parts.append(Text(f"saved: {file} ({size / 2**20:.1f} MiB)"))
+    return Group(*parts)
+
+
+def doctor_table(diagnosis: Diagnosis) -> RenderableType:
+    """Show machine, packages, runtimes and tools."""
+    rows: dict[str, Mapping[str, object]] = {
+        "machine": diagnosis.machine,
+        "packages": diagnosis.packages,
+        "runtimes": diagnosis.runtimes,
+        "tools": diagnosis.tools,
+    }
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+    for section, entries in rows.items():
+        table.add_row(section, "")
+        for name, value in entries.items():
+            table.add_row(f"  {name}", _words(value))
+    return table
+
+
+def _words(value: object) -> str:
+    if value is None:
+        return "not found"
+    if isinstance(value, dict):
+        return "; ".join(f"{name}: {', '.join(items)}" for name, items in value.items())
+    return ", ".join(value) if isinstance(value, list) else str(value)
