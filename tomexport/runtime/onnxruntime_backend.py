@@ -72,6 +72,10 @@ class OnnxRuntime:
         options.log_severity_level = 3  # errors only
         if threads is not None:
             options.intra_op_num_threads = threads
+        # where a graph that travels as bytes finds weights of its own file's second part
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(path.parent.resolve())
+        )
         try:
             model = _with_outputs(path, extra_outputs) if extra_outputs else str(path)
             session = ort.InferenceSession(model, options, providers=[_PROVIDERS[device]])
@@ -88,11 +92,7 @@ class OnnxRuntime:
 
 
 def _with_outputs(path: Path, names: Sequence[str]) -> Any:
-    """Return the model with values inside the graph as further outputs.
-
-    A model whose weights lie in a second file cannot travel as bytes; there the graph is written
-    beside it for the moment of loading.
-    """
+    """Return the model, as bytes, with values inside the graph as further outputs."""
     onnx = need("onnx", "onnxruntime")
     model = onnx.load(path, load_external_data=False)
     for name in names:

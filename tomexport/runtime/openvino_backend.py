@@ -5,8 +5,10 @@ OpenVINO never expands the functions of an ONNX file, so they are inlined before
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +68,8 @@ class OpenVino:
         try:
             if path.suffix != ".onnx":
                 return core.read_model(path)
-            return core.read_model(*_inlined(path))
+            with _inlined(path) as readable:
+                return core.read_model(readable)
         except Exception as err:
             raise BackendError(f"OpenVINO cannot read {path}: {plain(err)}") from err
 
@@ -140,12 +143,24 @@ def _require_whole(xml_path: Path) -> None:
         )
 
 
-def _inlined(path: Path) -> tuple[Any, ...]:
-    """Return what `read_model` takes: the path, or the model's bytes with functions expanded."""
+@contextlib.contextmanager
+def _inlined(path: Path) -> Iterator[Path | bytes]:
+    """Give what `read_model` takes of an .onnx file, with its functions expanded.
+
+    Bytes, but where the weights lie in a second file: then, for the moment, a file beside it.
+    """
     onnx = need("onnx", "openvino")
     model = onnx.load(path, load_external_data=False)
     if not model.functions:
-        return (path,)
+        yield path
+        return
     from onnx import inliner
 
-    return (inliner.inline_local_functions(model).SerializeToString(),)
+    content = inliner.inline_local_functions(model).SerializeToString()
+    if all(w.data_location == onnx.TensorProto.DEFAULT for w in model.graph.initializer):
+        yield content
+        return
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".onnx") as file:
+        file.write(content)
+        file.flush()
+        yield Path(file.name)

@@ -1,0 +1,172 @@
+"""The reduced module against ToMe written by hand, and against the original at r = 0."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import tomexport
+from tests.exporter import tome_by_hand
+from tomexport.errors import PlanError, RewriteError
+from tomexport.exporter.methods.tome import TOME
+from tomexport.exporter.rewrite import ReducedModel
+from tomexport.exporter.zoo import timm
+
+SCHEDULES = ["const:8", "const:16", "linear:13", "exp:0.25,0", "exp:0.1,0.6", "list:5,0,9,3"]
+MODELS = ["deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_small_patch16_224"]
+# two implementations in float32, 12 blocks: measured 2e-6 of the largest output
+TOLERANCE = 1e-5
+
+
+def _compare(model, schedule, image, **options):
+    reduced = tomexport.reduce(model, schedule, **options)
+    removals = [step.requested for step in reduced.plan.steps]
+    with torch.no_grad():
+        expected = tome_by_hand.forward(model, image, removals, **options)
+        found = reduced(image)
+    assert (found - expected).abs().max() <= TOLERANCE * expected.abs().max()
+    return found
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_equal_tome_by_hand(seeded, natural_images, name, schedule):
+    image = torch.from_numpy(natural_images(224)[:1])
+    found = _compare(seeded(name), schedule, image)
+    with torch.no_grad():
+        assert (found - seeded(name)(image)).abs().max() > 1e-3, "merging changed nothing"
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("deit3_small_patch16_224", {"depth": 3}),  # LayerScale, positions without prefix
+        ("vit_small_patch14_reg4_dinov2", {"depth": 3, "img_size": 224, "num_classes": 5}),
+        ("vit_base_patch16_clip_224", {"depth": 2}),  # norm before the blocks
+        ("vit_tiny_patch16_224", {"depth": 3, "qk_norm": True}),
+        ("vit_tiny_patch16_224", {"depth": 3, "global_pool": "avg"}),  # MAE's pooling
+        ("vit_tiny_patch16_224", {"depth": 3, "global_pool": "avg", "class_token": False}),
+        ("vit_tiny_patch16_224", {"depth": 3, "num_classes": 0}),  # features
+        ("vit_tiny_patch16_224", {"depth": 3, "scale_attn_norm": True}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_parts_of_the_family_equal_tome_by_hand(seeded, natural_images, name, options):
+    image = torch.from_numpy(natural_images(224)[1:2])
+    _compare(seeded(name, **options), "const:16", image)
+
+
+def test_without_proportional_attention(seeded, natural_images):
+    image = torch.from_numpy(natural_images(224)[:1])
+    model = seeded("vit_tiny_patch16_224", depth=3)
+    without = _compare(model, "const:16", image, prop_attn=False)
+    assert (without - _compare(model, "const:16", image)).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "test_vit3"])
+def test_nothing_removed_is_the_original(seeded, natural_images, name):
+    model = seeded(name)
+    image = torch.from_numpy(natural_images(model.patch_embed.img_size[0]))
+    with torch.no_grad():
+        expected = model(image)
+        for schedule in ("none", "const:0", "exp:0,0.5"):
+            found = tomexport.reduce(model, schedule)(image)
+            assert (found - expected).abs().max() <= 2e-6 * expected.abs().max()
+
+
+def test_attention_pooling_weighs_by_size(seeded):
+    """A token that stands for two equal patches must count like the two of them."""
+    model = seeded("test_vit3")
+    reduced = tomexport.reduce(model, "const:1")
+    family, net = reduced._family, reduced.net
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 6, model.embed_dim, generator=generator)
+    doubled = torch.cat([x, x[:, -1:]], dim=1)
+    size = torch.tensor([1.0, 1, 1, 1, 1, 2])[None, :, None]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            family.head(net, x, size), family.head(net, doubled, None), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_trace_gives_the_targets_of_every_reduction(seeded, natural_images):
+    model = seeded("test_vit")
+    image = torch.from_numpy(natural_images(160))
+    reduced = tomexport.reduce(model, "list:5,0,9")
+    with torch.no_grad():
+        output, decisions = reduced.trace(image)
+        assert torch.equal(output, reduced(image))
+    assert [d.target.shape for d in decisions] == [(4, 101), (4, 96)]
+    for decision, left in zip(decisions, (96, 87), strict=True):
+        assert decision.target.unique().tolist() == list(range(left))
+        assert (decision.margin >= 0).all()
+
+
+def test_the_model_passed_in_stays_as_it_was(natural_images):
+    model = timm().create_model("test_vit3", drop_path_rate=0.5)
+    model.train()
+    before = copy.deepcopy(model.state_dict())
+    fused = model.attn_pool.fused_attn
+    reduced = tomexport.reduce(model, "const:4")
+    with torch.no_grad():
+        image = torch.from_numpy(natural_images(160))
+        assert torch.equal(reduced(image), reduced(image)), "dropout is off in the reduced module"
+    assert model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert model.attn_pool.fused_attn == fused
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_weights_are_shared(seeded):
+    model = seeded("test_vit")
+    assert tomexport.reduce(model, "const:4").net.head.weight is model.head.weight
+
+
+def test_blocks_that_repeat_are_called_as_often_as_listed(natural_images, seeded):
+    model = copy.deepcopy(seeded("test_vit"))
+    model.blocks = nn.Sequential(*[model.blocks[i // 2] for i in range(6)])
+    image = torch.from_numpy(natural_images(160)[:1])
+    reduced = _compare(model, "const:8", image)
+    assert reduced.shape == (1, 1000)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        ("vit_base_patch16_rpn_224", {"depth": 1}, "ResPostBlock"),
+        ("vit_base_patch16_xp_224", {"depth": 1}, "ParallelScalingBlock"),
+        ("vit_small_patch16_18x2_224", {"depth": 1}, "ParallelThingsBlock"),
+        ("vit_dwee_patch16_reg1_gap_256", {"depth": 1}, "DiffAttention"),
+        ("test_vit", {"global_pool": "avgmax"}, "avgmax"),
+        ("test_vit", {"global_pool": ""}, "pooling is ''"),
+        ("test_vit", {"patch_drop_rate": 0.5}, "patch_drop_rate"),
+        ("resnet18", {}, "ResNet"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_cannot_be_right_is_refused_by_name(name, options, reason):
+    model = timm().create_model(name, **options)
+    with pytest.raises(RewriteError, match=reason):
+        tomexport.reduce(model, "none")
+
+
+def test_hooks_are_refused(seeded):
+    model = copy.deepcopy(seeded("test_vit"))
+    model.blocks[2].attn.register_forward_hook(lambda *args: None)
+    with pytest.raises(RewriteError, match=r"block 2 has a forward hook on attn"):
+        tomexport.reduce(model, "none")
+
+
+def test_half_precision_is_refused():
+    model = timm().create_model("test_vit").bfloat16()
+    with pytest.raises(RewriteError, match=r"torch\.bfloat16.*model\.float\(\)"):
+        tomexport.reduce(model, "none")
+
+
+def test_a_plan_of_another_model_is_refused(seeded):
+    plan = tomexport.plan(seeded("test_vit2"), "const:4")
+    with pytest.raises(PlanError, match="8 steps, the model 6 block calls"):
+        ReducedModel(seeded("test_vit"), plan, TOME)
