@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tomexport.errors import VerifyError
+from tomexport.errors import ArtifactError
 from tomexport.plan import Plan
 
 DOMAIN = "tomexport"  # of the operators, and of everything we write into a file
@@ -79,13 +79,13 @@ class Metadata:
     def from_json(cls, text: str) -> Metadata:
         """Read what `to_json` wrote.
 
-        Raises: VerifyError if it is of a newer format or not readable.
+        Raises: ArtifactError if it is of a newer format or not readable.
         """
         try:
             data = json.loads(text)
             version = data.pop("format_version")
             if version > FORMAT_VERSION:
-                raise VerifyError(
+                raise ArtifactError(
                     f"The file's metadata is of format {version}; this tomexport reads up to "
                     f"{FORMAT_VERSION}. Update it: pip install -U tomexport"
                 )
@@ -94,7 +94,7 @@ class Metadata:
                 data[name] = tuple(data[name])
             return cls(**data)
         except (ValueError, KeyError, TypeError, AttributeError) as err:
-            raise VerifyError(
+            raise ArtifactError(
                 f"The file's metadata cannot be read ({err!r}); export it again."
             ) from err
 
@@ -124,7 +124,7 @@ class Golden:
             "original": self.original,
             "margins": self.margins,
         }
-        arrays |= {f"target_{i}": t.astype(np.uint16) for i, t in enumerate(self.targets)}
+        arrays |= {f"target_{i}": t.astype(np.int16) for i, t in enumerate(self.targets)}
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)
         return base64.b64encode(buffer.getvalue()).decode("ascii")
@@ -133,7 +133,7 @@ class Golden:
     def from_text(cls, text: str, input_shape: tuple[int | None, int, int, int]) -> Golden:
         """Read what `to_text` wrote, and draw its images again.
 
-        Raises: VerifyError if it is not readable.
+        Raises: ArtifactError if it is not readable.
         """
         try:
             with np.load(io.BytesIO(base64.b64decode(text, validate=True))) as file:
@@ -142,7 +142,7 @@ class Golden:
             targets = tuple(arrays[f"target_{i}"].astype(np.int64) for i in range(n_targets))
             reduced, original, margins = (arrays[n] for n in ("reduced", "original", "margins"))
         except (ValueError, KeyError, OSError, binascii.Error, zipfile.BadZipFile, EOFError) as err:
-            raise VerifyError(
+            raise ArtifactError(
                 f"The file's golden set is damaged ({err}); export it again."
             ) from err
         images = golden_images(input_shape[1:], len(reduced))

@@ -233,9 +233,8 @@ def _show(data: dict[str, Any], as_json: bool, render: Callable[[Any], Renderabl
 
     from tomexport import tables
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 160  # no line of a table breaks in a log
+    console = Console(highlight=False, markup=False)
+    console.width = max(console.width, 80 if console.is_terminal else 160)  # no digit is cut off
     console.print(render(tables))
 
 

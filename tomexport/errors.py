@@ -6,6 +6,7 @@
     ├── CheckpointError       a file that is not the weights it should be
     ├── RewriteError          a model or method that cannot be reduced correctly
     ├── ExportError           a graph or a file that cannot be written
+    ├── ArtifactError         a file that tomexport did not write, or that is damaged
     ├── BackendError          a runtime, device or precision that is not there
     ├── MissingExtraError     an optional dependency that is not installed
     └── VerifyError           a check that failed: exit code 1
@@ -44,6 +45,10 @@ class RewriteError(TomexportError):
 
 class ExportError(TomexportError):
     """A graph or a file that cannot be written."""
+
+
+class ArtifactError(TomexportError):
+    """A file without readable metadata or golden set of tomexport's."""
 
 
 class BackendError(TomexportError):

@@ -9,38 +9,40 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
-import os
 import platform
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tomexport.artifact import (
-    DOMAIN,
-    GOLDEN_KEY,
-    METADATA_KEY,
     Array,
     Golden,
     Metadata,
     golden_images,
 )
-from tomexport.errors import ExportError, UnknownNameError, VerifyError, need, pick
+from tomexport.delivery import check_output, publish, staging, write
+from tomexport.errors import (
+    ExportError,
+    UnknownNameError,
+    VerifyError,
+    did_you_mean,
+    need,
+    pick,
+)
 from tomexport.plan import Plan, Schedule
 from tomexport.runtime.load import readers
 from tomexport.runtime.verify import VerifyReport
 from tomexport.runtime.verify import verify as verify_file
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
     from torch import nn
 
     from tomexport.exporter.rewrite import ReducedModel
     from tomexport.exporter.source import Source
 
 Progress = Callable[[str], None]
-_TWO_GB = 2**31 - 2**24  # protobuf's limit, less room for the graph itself
+MIN_OPSET, MAX_OPSET, DEFAULT_OPSET = 18, 23, 18
 
 
 class Images(Protocol):
@@ -205,24 +207,24 @@ def export(
     """
     wanted = Schedule.parse(schedule)
     output = Path(output)
-    ops = _check_request(output, ops, batch, opset, half, force)
+    ops = _check_request(model, output, ops, batch, opset, half, force)
     progress("finding the model")
     found = _find(model, arch=arch, img_size=img_size, random_weights=random_weights)
     progress("planning and rewriting")
     reduced = _reduce(found, wanted, method, prop_attn)
     progress("tracing the graph")
     from tomexport.exporter.golden import record
-    from tomexport.exporter.to_onnx import DEFAULT_OPSET, to_onnx
+    from tomexport.exporter.to_onnx import to_onnx
 
     opset = opset or DEFAULT_OPSET
     graph, decisions = to_onnx(reduced, batch=batch, opset=opset, portable=ops == "portable")
     progress("recording the golden set")
     golden = record(reduced, found.model, golden_images(reduced.input_shape))
     metadata = _metadata(found, reduced, batch, opset, ops, half, prop_attn, decisions)
-    with _staging(output) as folder:
+    with staging(output) as folder:
         staged = folder / output.name
         progress(f"writing {output.name}")
-        _write(graph, metadata, golden, staged)
+        write(graph, metadata, golden, staged)
         proof = verify_file(staged, progress=progress) if verify else None
         if proof and proof.passed and images:
             progress("computing the images with PyTorch")
@@ -232,7 +234,7 @@ def export(
             proof = dataclasses.replace(proof, path=str(output))
         failed = proof is not None and not proof.passed
         if not failed or keep:
-            files = _publish(folder, output, force)
+            files = publish(folder, output, force)
     if failed:
         assert proof is not None
         raise ProofError(proof, kept=keep)
@@ -311,7 +313,7 @@ def reference(
 def describe(path: str | Path) -> Metadata:
     """Read what an exported file says of itself.
 
-    Raises: BackendError or VerifyError if it is no file of tomexport's.
+    Raises: BackendError or ArtifactError if it is no file of tomexport's.
     """
     from tomexport.runtime.backend import read_artifact
     from tomexport.runtime.load import require_readable
@@ -323,40 +325,31 @@ def describe(path: str | Path) -> Metadata:
 
 
 def _check_request(
-    output: Path, ops: str | None, batch: int | None, opset: int | None, half: bool, force: bool
-) -> str:
+    model: object, output: Path, ops: str | None, batch: int | None, opset: int | None,
+    half: bool, force: bool,
+) -> str:  # fmt: skip
     """Refuse what cannot be written before any work is done; return the ops to use."""
-    suffix = output.suffix
-    if suffix not in (".onnx", ".xml"):
-        raise ExportError(
-            f"{output.name}: the suffix {suffix!r} says no format; use .onnx, or .xml for "
-            "OpenVINO IR."
-        )
-    if not output.parent.is_dir():
-        raise ExportError(f"There is no folder {output.parent} for {output.name}; make it first.")
-    targets = [output, output.with_suffix(".bin")] if suffix == ".xml" else [output]
-    existing = [str(target) for target in targets if target.exists()]
-    if output.is_dir():
-        raise ExportError(f"{output} is a folder; name a file in it.")
-    if existing and not force:
-        raise ExportError(f"{' and '.join(existing)} exists already; --force replaces it.")
+    check_output(model, output, force)
     if batch is not None and batch < 1:
         raise ExportError(f"A batch of {batch} holds no image; use 1 or more, or 'dynamic'.")
-    if opset is not None and not 18 <= opset <= 23:
-        raise ExportError(f"Opset {opset} is not supported; use 18 to 23.")
-    if half and suffix != ".xml":
-        raise ExportError("--half stores the weights of an .xml as float16; .onnx keeps float32.")
-    if suffix == ".xml":
-        need("openvino", "openvino")
-        if ops == "custom":
-            raise ExportError(
-                "An .xml with nodes of our own can be read only where our library is loaded; "
-                "use --ops portable, its default."
-            )
-        return "portable"
+    if opset is not None and not MIN_OPSET <= opset <= MAX_OPSET:
+        raise ExportError(f"Opset {opset} is not supported; use {MIN_OPSET} to {MAX_OPSET}.")
     if ops not in (None, "custom", "portable"):
-        raise UnknownNameError(f"Unknown ops {ops!r}; known: custom, portable.")
-    return ops or "custom"
+        raise UnknownNameError(
+            f"Unknown ops {ops!r}; known: custom, portable."
+            f"{did_you_mean(ops, ('custom', 'portable'))}"
+        )
+    is_ir = output.suffix == ".xml"
+    if half and not is_ir:
+        raise ExportError("--half stores the weights of an .xml as float16; .onnx keeps float32.")
+    if is_ir and ops == "custom":
+        raise ExportError(
+            "An .xml with nodes of our own can be read only where a library for them is loaded; "
+            "use --ops portable, its default."
+        )
+    if is_ir:
+        need("openvino", "openvino")
+    return ops or ("portable" if is_ir else "custom")
 
 
 def _metadata(
@@ -366,9 +359,8 @@ def _metadata(
     from tomexport.exporter.weights import weights_sha256
     from tomexport.exporter.zoo import preprocessing
 
-    candidates = {}
-    if found.preprocessing is None:
-        candidates = {name: preprocessing(name) for name in found.names}
+    size = {"size": list(reduced.input_shape[1:])}  # of the weights, whatever the name's own is
+    known = {name: (preprocessing(name) or {}) | size for name in found.names}
     return Metadata(
         plan=reduced.plan,
         names=found.names,
@@ -380,8 +372,8 @@ def _metadata(
         decisions=decisions,
         weights=Path(found.weights).name,
         weights_sha256=weights_sha256(found.model),
-        preprocessing=found.preprocessing,
-        candidates=candidates,
+        preprocessing=found.preprocessing and found.preprocessing | size,
+        candidates=known if found.preprocessing is None else {},
         versions=_versions(),
         opset=opset,
     )
@@ -393,57 +385,3 @@ def _versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return versions
-
-
-@contextlib.contextmanager
-def _staging(output: Path) -> Iterator[Path]:
-    """Give a hidden folder beside the output, on the same disk, that is gone afterwards."""
-    try:
-        folder = tempfile.TemporaryDirectory(prefix=f".{output.stem}.", dir=output.parent)
-    except OSError as err:
-        raise ExportError(f"Cannot write in {output.parent}: {err.strerror or err}.") from err
-    with folder as name:
-        try:
-            yield Path(name)
-        except OSError as err:
-            raise ExportError(
-                f"{output.name} could not be written: {err.strerror or err}. Nothing was kept."
-            ) from err
-
-
-def _write(graph: ir.Model, metadata: Metadata, golden: Golden, staged: Path) -> None:
-    """Write the file, whole, with its metadata and golden set inside."""
-    text = {METADATA_KEY: metadata.to_json(), GOLDEN_KEY: golden.to_text()}
-    if staged.suffix == ".onnx":
-        graph.metadata_props.update({f"{DOMAIN}.{key}": value for key, value in text.items()})
-        _save_onnx(graph, staged)
-        return
-    from tomexport.runtime.openvino_backend import OpenVino
-
-    between = staged.with_suffix(".onnx")
-    _save_onnx(graph, between)
-    OpenVino().save_ir(between, staged, half=metadata.half, text=text)
-    for part in staged.parent.glob(f"{between.name}*"):
-        part.unlink()
-
-
-def _save_onnx(graph: ir.Model, path: Path) -> None:
-    """Write one file; from 2 GB on, where protobuf ends, the weights go to a second one."""
-    import onnx_ir as ir
-
-    weights = [v.const_value for v in graph.graph.initializers.values() if v.const_value]
-    large = sum(tensor.nbytes for tensor in weights) > _TWO_GB
-    ir.save(graph, path, external_data=f"{path.name}.data" if large else None)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _publish(folder: Path, output: Path, force: bool) -> dict[str, int]:
-    """Move the finished files into place, what they depend on first; return their sizes."""
-    staged = sorted(folder.iterdir(), key=lambda file: file.name == output.name)
-    targets = [output.parent / file.name for file in staged]
-    if not force and (existing := [str(t) for t in targets if t.exists()]):
-        raise ExportError(f"{' and '.join(existing)} appeared meanwhile; --force replaces it.")
-    for file, target in zip(staged, targets, strict=True):
-        file.replace(target)
-    return {str(target): target.stat().st_size for target in targets}

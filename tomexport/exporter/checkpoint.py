@@ -29,11 +29,13 @@ _WRAPPERS = ("model", "state_dict", "module", "model_state_dict", "net", "ema", 
              "state_dict_ema")  # fmt: skip
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 # plain containers of numbers that training files hold beside the weights
-_SAFE_GLOBALS = [
+_SAFE_GLOBALS: list[Any] = [
     argparse.Namespace,
     OrderedDict,
     _multiarray.scalar,
     _multiarray._reconstruct,
+    (_multiarray.scalar, "numpy.core.multiarray.scalar"),  # as NumPy 1 called them
+    (_multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
     np.ndarray,
     np.dtype,
     *(type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "b1")),

@@ -65,12 +65,21 @@ def find(
     if isinstance(model, nn.Module):
         if arch or random_weights is not None:
             raise RewriteError("arch and random_weights go with a file or a name, not a module.")
-        found = Source(model, (), "a module in memory", None)
+        found = _from_module(model)
     elif checkpoint.looks_like_file(str(model)):
         found = _from_file(Path(model), arch, random_weights)
     else:
         found = _from_name(str(model), arch, random_weights, with_weights)
     return _resize(found, img_size) if img_size else found
+
+
+def _from_module(model: nn.Module) -> Source:
+    """Take a module as it is; timm's say what they were built as."""
+    configuration = getattr(model, "pretrained_cfg", None) or {}
+    name = configuration.get("architecture")
+    if name not in zoo.supported_names():
+        return Source(model, (), "a module in memory", None)
+    return Source(model, (name,), "a module in memory", zoo.preprocessing(name))
 
 
 def _from_file(path: Path, arch: str | None, seed: int | None) -> Source:
@@ -111,7 +120,4 @@ def _resize(found: Source, img_size: tuple[int, int]) -> Source:
         )
     model.set_input_size(img_size=img_size)
     note = f"positions resampled from {old[0]}×{old[1]} to {img_size[0]}×{img_size[1]} pixels"
-    prepared = found.preprocessing and found.preprocessing | {"size": list(img_size)}
-    return dataclasses.replace(
-        found, model=model, preprocessing=prepared, notes=(*found.notes, note)
-    )
+    return dataclasses.replace(found, model=model, notes=(*found.notes, note))

@@ -17,7 +17,6 @@ from tomexport.errors import ExportError, pick, plain
 from tomexport.exporter.rewrite import ReducedModel
 from tomexport.kernels.operators import OPERATORS
 
-MIN_OPSET, MAX_OPSET, DEFAULT_OPSET = 18, 23, 18
 INPUT_NAME = "image"
 _IR_VERSION = 10  # the first with overloads, which give each site a body of its own
 

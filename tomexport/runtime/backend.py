@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from tomexport.artifact import GOLDEN_KEY, METADATA_KEY, Golden, Metadata
-from tomexport.errors import BackendError, VerifyError
+from tomexport.errors import ArtifactError, BackendError
 
 Array = NDArray[Any]
 
@@ -96,15 +96,15 @@ def check_device(backend: Backend, device: str, precision: str | None) -> None:
 def read_artifact(backend: Backend, path: Path) -> tuple[Metadata, Golden]:
     """Read the metadata and the golden set of a file.
 
-    Raises: VerifyError if tomexport did not write the file or it is damaged.
+    Raises: ArtifactError if tomexport did not write the file or it is damaged.
     """
     text = backend.read_text(path)
     if METADATA_KEY not in text:
-        raise VerifyError(
+        raise ArtifactError(
             f"{path} carries no tomexport metadata, so there is nothing to verify it against. "
             "Export it with tomexport."
         )
     metadata = Metadata.from_json(text[METADATA_KEY])
     if GOLDEN_KEY not in text:
-        raise VerifyError(f"{path} carries no golden set; export it again.")
+        raise ArtifactError(f"{path} carries no golden set; export it again.")
     return metadata, Golden.from_text(text[GOLDEN_KEY], metadata.input_shape)

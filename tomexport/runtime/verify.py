@@ -146,7 +146,7 @@ def verify(
         images: what to call the images of `golden`.
         progress: is told what is being compared.
 
-    Raises: BackendError or MissingExtraError if nothing can run the file, VerifyError if it
+    Raises: BackendError or MissingExtraError if nothing can run the file, ArtifactError if it
         carries nothing to compare with.
     """
     path = Path(path)
