@@ -31,7 +31,7 @@ from rich.table import Table
 
 import tomexport
 from tomexport.artifact import N_GOLDEN, golden_images
-from tomexport.errors import BackendError, TomexportError, VerifyError, pick
+from tomexport.errors import ArtifactError, BackendError, TomexportError, pick
 from tomexport.runtime.backend import read_artifact
 from tomexport.runtime.doctor import diagnose
 from tomexport.runtime.load import BACKENDS
@@ -185,7 +185,7 @@ def _load(variant: Variant, threads: int | None) -> tuple[dict[str, Any], Callab
         metadata, golden = read_artifact(pick("backend", BACKENDS, model.backend), Path(path))
         plan = {key: getattr(metadata.plan, key) for key in ("model", "method", "schedule", "macs")}
         diff = float(abs(output[:N_GOLDEN] - golden.reduced[:batch]).max())
-    except VerifyError:
+    except ArtifactError:
         plan, diff = None, None
     _time(lambda: model(images), WARM_UP_S)
     ran = {"path": path, "backend": model.backend, "precision": model.precision, "batch": batch}

@@ -48,7 +48,7 @@ def _commands():
     return {"tomexport": cli, **cli.commands}
 
 
-@pytest.mark.parametrize("name", _commands())
+@pytest.mark.parametrize("name", list(_commands()))
 def test_commands_and_options_have_help(name):
     command = _commands()[name]
     assert command.help

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import tomexport
+from tomexport import pipeline
 from tomexport.calib.images import ImageError, ImageFolder, prepare
 from tomexport.exporter.zoo import preprocessing, timm
 
@@ -72,3 +74,10 @@ def test_grey_and_transparent_images_become_rgb(tmp_path, photograph):
         path = tmp_path / f"{mode}.png"
         Image.open(photograph).convert(mode).save(path)
         assert prepare(path, (224, 224), how).shape == (3, 224, 224)
+
+
+def test_models_that_take_no_rgb_are_refused(tmp_path, photograph, seeded):
+    model = tmp_path / "model.onnx"
+    tomexport.export(seeded("test_vit", in_chans=1), "none", model, verify=False)
+    with pytest.raises(ImageError, match="The model takes 1 channels; image files give 3"):
+        ImageFolder.find(tmp_path)(pipeline.describe(model))
