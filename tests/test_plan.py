@@ -191,6 +191,7 @@ COUNTS_OF_DEIT = {
     "linear:16": "165 136 110 87 67 50 36 25 17 12 10 10",
     "exp:0.25,0": "148 148 148 148 148 148 148 148 148 148 148 148",
     "exp:0.1,0.6": "178 167 161 157 155 154 154 154 154 154 154 154",
+    "exp:0.3,0": "139 139 139 139 139 139 139 139 139 139 139 139",
     "exp:1,0": "99 99 99 99 99 99 99 99 99 99 99 99",
     "list:5,0,9,3": "192 192 183 180 180 180 180 180 180 180 180 180",
     "none": "197 197 197 197 197 197 197 197 197 197 197 197",
@@ -314,7 +315,7 @@ def test_another_limit_is_obeyed() -> None:
 
 def test_notes_name_every_change_to_the_request() -> None:
     assert make(vit(), "const:16").notes == (
-        "capped, a site can merge at most half of its mergeable tokens (blocks.11: 16 → 10)",
+        "capped at the most that can be removed there (blocks.11: 16 → 10)",
     )
     assert make(vit(), "list:5,0,9,3").notes == ("the list names 4 of 12 sites; 0 at the rest",)
     capped, aligned, padded = make(sret(), "list:500,15").notes

@@ -14,6 +14,7 @@ import io
 import json
 import math
 import zipfile
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +94,7 @@ class Metadata:
             for name in ("names", "input_shape", "decisions"):
                 data[name] = tuple(data[name])
             return cls(**data)
-        except (ValueError, KeyError, TypeError, AttributeError) as err:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
             raise ArtifactError(
                 f"The file's metadata cannot be read ({err!r}); export it again."
             ) from err
@@ -141,7 +142,10 @@ class Golden:
             n_targets = sum(name.startswith("target_") for name in arrays)
             targets = tuple(arrays[f"target_{i}"].astype(np.int64) for i in range(n_targets))
             reduced, original, margins = (arrays[n] for n in ("reduced", "original", "margins"))
-        except (ValueError, KeyError, OSError, binascii.Error, zipfile.BadZipFile, EOFError) as err:
+            if len(margins) != n_targets:
+                raise ValueError(f"{n_targets} target maps, but margins of {len(margins)}")
+        except (ValueError, KeyError, OSError, EOFError, RuntimeError,
+                binascii.Error, zipfile.BadZipFile, zlib.error) as err:  # fmt: skip
             raise ArtifactError(
                 f"The file's golden set is damaged ({err}); export it again."
             ) from err
@@ -187,7 +191,7 @@ def _dead_leaves(shape: tuple[int, int, int], seed: int) -> Array:
         for channel in range(channels):
             window[channel][inside] = tone + draw.below(97) - 48 + shade
     grain = draw.many(channels * height * width).reshape(channels, height, width) >> np.uint64(60)
-    pixels = np.clip(pixels + grain.astype(np.int64) - 8, 0, 255)
+    pixels = np.clip(pixels, 8, 248) + grain.astype(np.int64) - 8  # no grain is clipped away
     return (pixels.astype(np.float32) - np.float32(127.5)) / np.float32(127.5)
 
 
@@ -195,7 +199,8 @@ class _Draw:
     """SplitMix64 (Steele et al., 2014): a stream of integers that no library version changes."""
 
     def __init__(self, seed: int) -> None:
-        self._state = seed * 0x9E3779B97F4A7C15 % 2**64
+        self._state = seed
+        self._state = int(self.many(1)[0])  # streams of neighbouring seeds lie far apart
 
     def many(self, count: int) -> NDArray[np.uint64]:
         step = np.uint64(0x9E3779B97F4A7C15)

@@ -160,7 +160,7 @@ def _count(text: str, field: str, position: str) -> int:
         raise PlanError(
             f"{text!r}: {position} {what}; token counts are whole numbers from 0 up, like 8."
         )
-    if len(field.strip()) > 7 or int(field) > _COUNT_LIMIT:
+    if len(field.strip().lstrip("0")) > 7 or int(field) > _COUNT_LIMIT:
         raise PlanError(
             f"{text!r}: {position} is above {_COUNT_LIMIT:,}, more tokens than a model has."
         )
@@ -182,8 +182,9 @@ def _parse_list(text: str, fields: list[str]) -> tuple[float, ...]:
 
 def _parse_exp(text: str, fields: list[str]) -> tuple[float, ...]:
     if len(fields) != 2:
+        n = len(fields) if any(fields) else 0
         raise PlanError(
-            f"{text!r} has {len(fields)} number{'s' if len(fields) != 1 else ''}; an exponential "
+            f"{text!r} has {n} number{'s' if n != 1 else ''}; an exponential "
             "schedule needs two, the first share and its decay: exp:0.25,0 merges a quarter of "
             "the tokens once."
         )
@@ -198,7 +199,9 @@ def _share(text: str, field: str, name: str) -> float:
         raise PlanError(f"{text!r}: {name} {what}; write a plain number from 0 to 1, like 0.25.")
     value = float(field)
     if value > 1:
-        raise PlanError(f"{text!r}: {name} is {value:g}, but it is a share from 0 to 1, like 0.25.")
+        raise PlanError(
+            f"{text!r}: {name} is {field.strip()}, but it is a share from 0 to 1, like 0.25."
+        )
     return value
 
 
@@ -264,7 +267,7 @@ class Plan:
 
     @classmethod
     def make(cls, model: ModelCost, schedule: Schedule, method: str, limit: Limit) -> Plan:
-        """Turn a schedule into the token counts of a model.
+        """Turn a schedule into the token counts of a model with at least one site.
 
         Raises: PlanError if the schedule does not fit the model's sites.
         """
@@ -342,7 +345,7 @@ def _notes(steps: Sequence[Step], padding: int) -> tuple[str, ...]:
     capped = [step for step in steps if step.removed < step.requested]
     if capped:
         where = ", ".join(f"{s.block}: {s.requested} → {s.removed}" for s in capped)
-        notes.append(f"capped, a site can merge at most half of its mergeable tokens ({where})")
+        notes.append(f"capped at the most that can be removed there ({where})")
     aligned = [step for step in steps if step.removed > step.requested]
     if aligned:
         where = ", ".join(f"{s.block}: {s.requested} → {s.removed}" for s in aligned)

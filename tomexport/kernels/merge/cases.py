@@ -53,5 +53,6 @@ def cases() -> list[Case]:
         Case(2, 1, 0),
         Case(3, 1, 1),
         Case(4, 2, 0, batch=3),
+        *(Case(197, 16, p, batch=3, ties=t) for p in (0, 1) for t in ("some", "all")),
         *(Case(41, 10, p, batch=3, ties=t) for p in (0, 1, 2, 5) for t in ("some", "all")),
     ]

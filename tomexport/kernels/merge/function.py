@@ -50,8 +50,8 @@ def _match(op: Any, metric: ir.Value, n: int, r: int, n_prefix: int) -> ir.Value
     source = op.Cast(op.Less(rank, r), to=ir.DataType.INT64)
 
     # slot in A = source ? first_b_slot + partner : kept, as kept + source · (… − kept)
-    if n_prefix:  # kept = n_prefix + i − (sources before i)
-        before = op.CumSum(source, 1, exclusive=1)
+    if n_prefix:  # kept = n_prefix + i − (sources up to i)
+        before = op.CumSum(source, 1)
         base = n_prefix + index
         to_b = op.Add(op.Add(partner, before), _constant(op, first_b_slot - base))
         slot = op.Sub(op.Mul(source, to_b), before)

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tomexport.errors import PlanError
+
 
 def parities(n_prefix: int) -> tuple[int, int]:
     """Return the first even and the first odd position after the prefix: where A and B begin."""
@@ -31,8 +33,15 @@ def match(metric: Float[Tensor, "B N D"], r: int, n_prefix: int) -> Int[Tensor, 
 
     Returns:
         The slot of each token, 0 .. N − r − 1.
+
+    Raises: PlanError if r is out of its range.
     """
-    n = metric.shape[1]
+    n, device = metric.shape[1], metric.device
+    if not 1 <= r <= (n - n_prefix) // 2:
+        raise PlanError(
+            f"Of {n} tokens with {n_prefix} protected, two-set matching can merge 1 to "
+            f"{(n - n_prefix) // 2}, not {r}."
+        )
     best, partner = _scores(metric, n_prefix).max(dim=-1)  # (B, |A|); the first maximum wins
     order = best.argsort(dim=-1, descending=True, stable=True)
     sources, kept = order[:, :r], order[:, r:]
@@ -42,14 +51,14 @@ def match(metric: Float[Tensor, "B N D"], r: int, n_prefix: int) -> Int[Tensor, 
     n_kept = kept.shape[1]
     first_b_slot = n_prefix + n_kept
     slots = torch.empty_like(partner)
-    slots.scatter_(1, kept, n_prefix + torch.arange(n_kept).expand_as(kept))
+    slots.scatter_(1, kept, n_prefix + torch.arange(n_kept, device=device).expand_as(kept))
     slots.scatter_(1, sources, first_b_slot + partner.gather(1, sources))
 
     first_a, first_b = parities(n_prefix)
-    target = torch.empty(metric.shape[:2], dtype=torch.int64)  # (B, N)
-    target[:, :n_prefix] = torch.arange(n_prefix)
+    target = slots.new_empty(metric.shape[:2])  # (B, N)
+    target[:, :n_prefix] = torch.arange(n_prefix, device=device)
     target[:, first_a::2] = slots
-    target[:, first_b::2] = torch.arange(first_b_slot, n - r)
+    target[:, first_b::2] = torch.arange(first_b_slot, n - r, device=device)
     return target
 
 
@@ -60,9 +69,9 @@ def margin(metric: Float[Tensor, "B N D"], r: int, n_prefix: int) -> Float[Tenso
     """
     scores = _scores(metric, n_prefix)
     ranked = scores.max(dim=-1).values.sort(dim=-1, descending=True)
-    gaps = -ranked.values.diff(dim=-1)  # (B, |A|−1); gap i parts rank i from rank i + 1
+    gaps = ranked.values[:, :-1] - ranked.values[:, 1:]  # (B, |A|−1): rank i from rank i + 1
     deciding = gaps[:, r - 1 : r] if n_prefix else gaps[:, r - 1 :]  # kept tokens are ranked too
-    result = torch.full((metric.shape[0],), torch.inf)
+    result = scores.new_full((metric.shape[0],), torch.inf)
     if deciding.shape[1]:
         result = torch.minimum(result, deciding.amin(dim=-1))
     if scores.shape[2] > 1:
