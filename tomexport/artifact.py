@@ -142,13 +142,16 @@ class Golden:
             n_targets = sum(name.startswith("target_") for name in arrays)
             targets = tuple(arrays[f"target_{i}"].astype(np.int64) for i in range(n_targets))
             reduced, original, margins = (arrays[n] for n in ("reduced", "original", "margins"))
-            if len(margins) != n_targets:
-                raise ValueError(f"{n_targets} target maps, but margins of {len(margins)}")
         except (ValueError, KeyError, OSError, EOFError, RuntimeError,
                 binascii.Error, zipfile.BadZipFile, zlib.error) as err:  # fmt: skip
             raise ArtifactError(
                 f"The file's golden set is damaged ({err}); export it again."
             ) from err
+        if len(margins) != n_targets:
+            raise ArtifactError(
+                f"The file's golden set is damaged ({n_targets} target maps, but margins of "
+                f"{len(margins)}); export it again."
+            )
         images = golden_images(input_shape[1:], len(reduced))
         return cls(images, reduced, original, targets, margins)
 

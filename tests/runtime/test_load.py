@@ -9,14 +9,6 @@ import tomexport
 from tomexport.errors import BackendError, UnknownNameError
 
 
-@pytest.fixture(scope="module")
-def files(seeded, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("files")
-    for name in ("model.onnx", "model.xml"):
-        tomexport.export(seeded("test_vit"), "const:8", folder / name, verify=False)
-    return folder
-
-
 @pytest.fixture
 def image(natural_images):
     return natural_images(160)[:1]

@@ -12,17 +12,9 @@ from onnx import numpy_helper
 import tomexport
 from tomexport import pipeline
 from tomexport.calib.images import ImageFolder
-from tomexport.errors import BackendError, VerifyError
+from tomexport.errors import ArtifactError, BackendError, VerifyError
 from tomexport.runtime.backend import read_artifact
 from tomexport.runtime.load import BACKENDS
-
-
-@pytest.fixture(scope="module")
-def files(seeded, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("files")
-    for name in ("model.onnx", "model.xml"):
-        tomexport.export(seeded("test_vit"), "const:8", folder / name, verify=False)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +180,7 @@ def test_a_file_that_is_not_ours(tmp_path):
     values = [onnx.helper.make_tensor_value_info(n, 1, [1]) for n in "xy"]
     graph = onnx.helper.make_graph([node], "g", values[:1], values[1:])
     onnx.save(onnx.helper.make_model(graph), tmp_path / "other.onnx")
-    with pytest.raises(VerifyError, match="carries no tomexport metadata"):
+    with pytest.raises(ArtifactError, match="carries no tomexport metadata"):
         tomexport.verify(tmp_path / "other.onnx")
 
 

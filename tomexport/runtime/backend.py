@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,6 +30,23 @@ class Session(Protocol):
     def run(self, images: Array) -> list[Array]:
         """Compute the first output, then those that were asked for by name."""
         ...
+
+
+@dataclass(frozen=True)
+class Request:
+    """How to run a file.
+
+    Attributes:
+        device: a device of the runtime.
+        threads: number of CPU threads; None leaves it to the runtime.
+        precision: "f32", "bf16" or "f16"; None is the runtime's own default.
+        extra_outputs: names of values inside the graph to return as well.
+    """
+
+    device: str = "CPU"
+    threads: int | None = None
+    precision: str | None = None
+    extra_outputs: tuple[str, ...] = ()
 
 
 class Backend(Protocol):
@@ -63,25 +80,17 @@ class Backend(Protocol):
         """Return what tomexport wrote into the file, by key."""
         ...
 
-    def compile(
-        self,
-        path: Path,
-        *,
-        device: str,
-        threads: int | None,
-        precision: str | None,
-        extra_outputs: Sequence[str] = (),
-    ) -> Session:
-        """Compile a file; `extra_outputs` are values inside the graph to return as well."""
+    def compile(self, path: Path, request: Request) -> Session:
+        """Compile a file."""
         ...
 
 
-def check_device(backend: Backend, device: str, precision: str | None) -> None:
+def check_device(backend: Backend, request: Request) -> None:
     """Refuse what the machine does not have.
 
     Raises: BackendError listing what there is.
     """
-    devices = backend.devices()
+    devices, device, precision = backend.devices(), request.device, request.precision
     if device not in devices:
         raise BackendError(
             f"{backend.name} has no device {device!r} here; it has {', '.join(devices)}."

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from tomexport.errors import BackendError, pick
-from tomexport.runtime.backend import Array, Backend, Session
+from tomexport.runtime.backend import Array, Backend, Request, Session
 from tomexport.runtime.onnxruntime_backend import OnnxRuntime
 from tomexport.runtime.openvino_backend import OpenVino
 
@@ -100,9 +100,7 @@ def load(
     require_readable(path, chosen)
     if threads is not None and threads < 1:
         raise BackendError(f"{threads} threads; a run needs at least 1.")
-    session = chosen.compile(
-        path, device=device, threads=threads, precision=precision, extra_outputs=extra_outputs
-    )
+    session = chosen.compile(path, Request(device, threads, precision, extra_outputs))
     return Runner(chosen.name, device, session.precision, session)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from tomexport.artifact import DOMAIN
 from tomexport.errors import BackendError, need, plain
-from tomexport.runtime.backend import Array, check_device
+from tomexport.runtime.backend import Array, Request, check_device
 
 _PROVIDERS = {
     "CPU": "CPUExecutionProvider",
@@ -56,37 +56,30 @@ class OnnxRuntime:
         entries = {prop.key: prop.value for prop in model.metadata_props}
         return {k.removeprefix(prefix): v for k, v in entries.items() if k.startswith(prefix)}
 
-    def compile(
-        self,
-        path: Path,
-        *,
-        device: str,
-        threads: int | None,
-        precision: str | None,
-        extra_outputs: Sequence[str] = (),
-    ) -> _Session:
+    def compile(self, path: Path, request: Request) -> _Session:
         """Make a session; with extra outputs, of a graph that returns them as well."""
-        check_device(self, device, precision)
+        check_device(self, request)
+        provider, extra = _PROVIDERS[request.device], request.extra_outputs
         ort = need(self.module, self.extra)
         options = ort.SessionOptions()
         options.log_severity_level = 3  # errors only
-        if threads is not None:
-            options.intra_op_num_threads = threads
+        if request.threads is not None:
+            options.intra_op_num_threads = request.threads
         # where a graph that travels as bytes finds weights of its own file's second part
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(path.parent.resolve())
         )
         try:
-            model = _with_outputs(path, extra_outputs) if extra_outputs else str(path)
-            session = ort.InferenceSession(model, options, providers=[_PROVIDERS[device]])
+            model = _with_outputs(path, extra) if extra else str(path)
+            session = ort.InferenceSession(model, options, providers=[provider])
         except Exception as err:
             raise BackendError(f"ONNX Runtime cannot load {path}: {plain(err)}") from err
-        if _PROVIDERS[device] not in session.get_providers():
+        if provider not in session.get_providers():
             raise BackendError(
-                f"ONNX Runtime lists {device} but could not start it, and fell back to "
+                f"ONNX Runtime lists {request.device} but could not start it, and fell back to "
                 f"{', '.join(session.get_providers())}. Check the driver, or use --device CPU."
             )
-        outputs = (session.get_outputs()[0].name, *extra_outputs)
+        outputs = (session.get_outputs()[0].name, *extra)
         shape = tuple(d if isinstance(d, int) else None for d in session.get_inputs()[0].shape)
         return _Session(session, outputs, shape)
 

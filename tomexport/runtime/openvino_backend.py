@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 
 from tomexport.artifact import DOMAIN
 from tomexport.errors import BackendError, ExportError, need, plain
-from tomexport.runtime.backend import Array, check_device
+from tomexport.runtime.backend import Array, Request, check_device
 
 _CAPABILITIES = {"FP32": "f32", "BF16": "bf16", "FP16": "f16"}
 _TYPES = {"f32": "f32", "float32": "f32", "bf16": "bf16", "bfloat16": "bf16", "f16": "f16"}
@@ -73,31 +73,23 @@ class OpenVino:
         except Exception as err:
             raise BackendError(f"OpenVINO cannot read {path}: {plain(err)}") from err
 
-    def compile(
-        self,
-        path: Path,
-        *,
-        device: str,
-        threads: int | None,
-        precision: str | None,
-        extra_outputs: Sequence[str] = (),
-    ) -> _Session:
+    def compile(self, path: Path, request: Request) -> _Session:
         """Compile the file for a device, tuned for the latency of one call."""
-        check_device(self, device, precision)
+        check_device(self, request)
         ov = need(self.module, self.extra)
         model = self._read(path)
-        if extra_outputs:
-            model.add_outputs(list(extra_outputs))
+        if request.extra_outputs:
+            model.add_outputs(list(request.extra_outputs))
         hints: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
-        if precision is not None:
-            hints["INFERENCE_PRECISION_HINT"] = precision
-        if threads is not None:
-            hints["INFERENCE_NUM_THREADS"] = threads
+        if request.precision is not None:
+            hints["INFERENCE_PRECISION_HINT"] = request.precision
+        if request.threads is not None:
+            hints["INFERENCE_NUM_THREADS"] = request.threads
         try:
-            compiled = ov.Core().compile_model(model, device, hints)
+            compiled = ov.Core().compile_model(model, request.device, hints)
         except Exception as err:
             raise BackendError(
-                f"OpenVINO cannot compile {path} for {device}: {plain(err)}"
+                f"OpenVINO cannot compile {path} for {request.device}: {plain(err)}"
             ) from err
         used = compiled.get_property("INFERENCE_PRECISION_HINT")
         shape = tuple(
