@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tomexport
-from tomexport import pipeline
+from tomexport import delivery, pipeline
 from tomexport.artifact import DOMAIN
 
 BANNED = {"Shape", "Range", "Where", "Expand", "ConstantOfShape", "NonZero", "If", "Loop"}
@@ -149,7 +149,7 @@ def test_dynamic_batch_gives_the_same_rows(exported, seeded, natural_images):
 
 
 def test_weights_from_2_gb_on_go_to_a_second_file(seeded, tmp_path, monkeypatch, natural_images):
-    monkeypatch.setattr(pipeline, "_TWO_GB", 1000)
+    monkeypatch.setattr(delivery, "_TWO_GB", 1000)
     path = tmp_path / "model.onnx"
     model = seeded("test_vit")
     report = tomexport.export(model, "const:8", path)
