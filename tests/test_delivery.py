@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tomexport
-from tomexport import delivery
+from tomexport import delivery, scratch
 from tomexport.errors import ExportError
 from tomexport.runtime import openvino_backend
 
@@ -69,9 +69,9 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(delivery.tempfile, "TemporaryDirectory", refuse)
+    monkeypatch.setattr(scratch.tempfile, "mkdtemp", refuse)
     with (
-        pytest.raises(ExportError, match=r"Cannot write in .*: Permission denied"),
+        pytest.raises(ExportError, match=r"could not be written in .*: Permission denied"),
         delivery.staging(tmp_path / "model.onnx"),
     ):
         pass

@@ -13,8 +13,10 @@ import tomexport
 
 PACKAGE = Path(tomexport.__file__).parent
 # each layer may import those before it; exporter and runtime stand side by side
-ORDER = ["errors", "plan", "artifact", "kernels", "exporter|runtime", "delivery", "pipeline",
-         "calib", "tables", "cli"]  # fmt: skip
+ORDER = [
+    "errors|scratch", "plan", "artifact", "kernels", "exporter|runtime", "delivery", "pipeline",
+    "calib", "tables", "cli",
+]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names.split("|")}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
+import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,13 +19,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from tomexport import __version__
+from tomexport import __version__, scratch
 from tomexport.errors import TomexportError, VerifyError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-EXIT_DONE, EXIT_CHECK_FAILED, EXIT_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
+EXIT_DONE, EXIT_CHECK_FAILED, EXIT_ERROR = 0, 1, 2
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -46,7 +49,7 @@ class _Size(click.ParamType[Any]):
         if isinstance(value, tuple):
             return value
         parts = value.lower().split("x")
-        if len(parts) > 2 or not all(part.isdigit() and int(part) for part in parts):
+        if not re.fullmatch(r"[0-9]{1,5}(x[0-9]{1,5})?", value.lower()) or not all(map(int, parts)):
             self.fail(
                 f"{value!r} is no size; write 224, or 224x320 for height and width", param, ctx
             )
@@ -101,7 +104,7 @@ _images = click.option(
 @click.group(cls=_ExportByDefault, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="tomexport")
 def cli() -> None:
-    r"""Put token-reduced vision transformers on edge machines.
+    """Put token-reduced vision transformers on edge machines.
 
     \b
     tomexport MODEL --schedule S -o OUT     export (the default command)
@@ -111,7 +114,7 @@ def cli() -> None:
 
     MODEL is a checkpoint (.pth .pt .bin .safetensors) or a timm name. Exit codes: 0 done, 1 a
     check failed, 2 anything else that stops it, 130 interrupted.
-    """
+    """  # noqa: D301  \b is click's mark for lines that stay as they are
 
 
 @cli.command()
@@ -258,25 +261,51 @@ def _progress() -> Iterator[Callable[[str], None]]:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code; errors become one line on stderr."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    with _ending_at_once():
+        return _run(arguments)
+
+
+def _run(arguments: list[str]) -> int:
     try:
-        cli.main(arguments, prog_name="tomexport", standalone_mode=False)
-    except click.exceptions.Exit as err:
-        return err.exit_code
+        code = cli.main(arguments, prog_name="tomexport", standalone_mode=False)
+        return code if isinstance(code, int) else EXIT_DONE
+    except click.exceptions.NoArgsIsHelpError as err:
+        click.echo(err.format_message(), err=True)
+        return EXIT_ERROR
     except click.UsageError as err:
         command = err.ctx.command_path if err.ctx else "tomexport"
-        message = err.format_message().rstrip(".?")
-        click.echo(f"error: {message}. See {command} --help.", err=True)
+        message = err.format_message()
+        stop = "" if message.endswith((".", "?")) else "."
+        click.echo(f"error: {message}{stop} See {command} --help.", err=True)
         return EXIT_ERROR
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted; nothing was left behind", err=True)
-        return EXIT_INTERRUPTED
     except BrokenPipeError:
         sys.stderr.close()  # the reader is gone; so is the need to say more
         return EXIT_ERROR
     except (TomexportError, OSError) as err:
         if "--debug" in arguments:
-            raise
-        click.echo(f"error: {err}", err=True)
+            traceback.print_exc()
+        else:
+            click.echo(f"error: {err}", err=True)
         return EXIT_CHECK_FAILED if isinstance(err, VerifyError) else EXIT_ERROR
-    return EXIT_DONE
+
+
+@contextmanager
+def _ending_at_once() -> Iterator[None]:
+    """Let an interrupt end the process on the spot, with nothing left behind.
+
+    An exception would not do: raised while a native library loads, it aborts the process.
+    """
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, _end) for number in signals]
+    try:
+        yield
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _end(number: int, frame: object) -> None:
+    scratch.abandon()
+    show_cursor = b"\x1b[?25h\n" if sys.stderr.isatty() else b""
+    os.write(2, show_cursor + b"interrupted; nothing was left behind\n")
+    os._exit(128 + number)

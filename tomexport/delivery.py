@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tomexport import scratch
 from tomexport.artifact import DOMAIN, GOLDEN_KEY, METADATA_KEY, Golden, Metadata
 from tomexport.errors import ExportError
 
@@ -48,18 +49,18 @@ def check_output(model: Any, output: Path, force: bool) -> None:
 
 @contextlib.contextmanager
 def staging(output: Path) -> Iterator[Path]:
-    """Give a hidden folder beside the output, on the same disk, that is gone afterwards."""
+    """Give a scratch folder for an output's files.
+
+    Raises: ExportError if it cannot be made, or if writing in it fails.
+    """
     try:
-        folder = tempfile.TemporaryDirectory(prefix=f".{output.stem}.", dir=output.parent)
+        with scratch.folder(output) as path:
+            yield path
     except OSError as err:
-        raise ExportError(f"Cannot write in {output.parent}: {err.strerror or err}.") from err
-    with folder as name:
-        try:
-            yield Path(name)
-        except OSError as err:
-            raise ExportError(
-                f"{output.name} could not be written: {err.strerror or err}. Nothing was kept."
-            ) from err
+        raise ExportError(
+            f"{output.name} could not be written in {output.parent}: {err.strerror or err}. "
+            "Nothing was kept."
+        ) from err
 
 
 def write(graph: ir.Model, metadata: Metadata, golden: Golden, staged: Path) -> None:
@@ -95,6 +96,20 @@ def publish(folder: Path, output: Path, force: bool) -> dict[str, int]:
     targets = [output.parent / file.name for file in staged]
     if not force and (existing := [str(t) for t in targets if t.exists()]):
         raise ExportError(f"{' and '.join(existing)} appeared meanwhile; --force replaces it.")
-    for file, target in zip(staged, targets, strict=True):
-        file.replace(target)
+    with _undisturbed():  # all of them or none
+        for file, target in zip(staged, targets, strict=True):
+            file.replace(target)
     return {str(target): target.stat().st_size for target in targets}
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Hold back an interrupt until the block is done."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

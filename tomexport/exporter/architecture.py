@@ -77,10 +77,20 @@ def build(checkpoint: Checkpoint, arch: str | None = None) -> Built:
         names, options = _infer(state, checkpoint.source)
         model = skeleton(names[0], **options)
         notes.append(_fitting_note(names))
+    _require_floats(state, model, checkpoint.source)
     model.load_state_dict(state, assign=True)
     shared = {str(preprocessing(name)) for name in names}
     known = preprocessing(names[0]) if len(shared) == 1 else None
     return Built(model.eval(), names, known, tuple(notes))
+
+
+def _require_floats(state: Mapping[str, Tensor], model: nn.Module, source: str) -> None:
+    integers = [n for n, _ in model.named_parameters() if not state[n].is_floating_point()]
+    if integers:
+        raise CheckpointError(
+            f"{source}: {_some(integers)} hold {state[integers[0]].dtype}, where weights are "
+            "fractions. Quantized weights cannot be reduced; give the float checkpoint."
+        )
 
 
 def _fitting_note(names: tuple[str, ...]) -> str:
@@ -123,12 +133,15 @@ def _without_spare(state: dict[str, Tensor], layout: Layout) -> tuple[dict[str, 
 def _fitted(name: str, state: Mapping[str, Tensor], source: str, depth: int | None = None) -> Any:
     """Return the options that make a timm name fit the weights: classes, image size, pooling."""
     model: Any = skeleton(name, **({} if depth is None else {"depth": depth}))
-    head = state.get("head.weight")
-    options: dict[str, Any] = {"num_classes": 0 if head is None else head.shape[0]}
+    head = state.get("head.weight", state.get("head.bias"))
+    options: dict[str, Any] = {
+        "num_classes": head.shape[0] if head is not None and head.ndim else 0
+    }
     if depth is not None:
         options["depth"] = depth
     has_fc_norm, expects_fc_norm = "fc_norm.weight" in state, _has(model, "fc_norm.weight")
-    if has_fc_norm and not expects_fc_norm and "norm.weight" not in state:
+    is_distilled = hasattr(model, "dist_token")  # always pools its two tokens
+    if has_fc_norm and not expects_fc_norm and "norm.weight" not in state and not is_distilled:
         options["global_pool"] = "avg"
     if expects_fc_norm and not has_fc_norm and "norm.weight" in state and model.has_class_token:
         options["global_pool"] = "token"
@@ -217,9 +230,8 @@ def _infer(state: Mapping[str, Tensor], source: str) -> tuple[tuple[str, ...], d
             closest = (distance, name, model)
     if not fits:
         _refuse_unknown(state, source, closest)
-    # a name at its own image size and pooling is a better description than one bent to fit
-    unbent = {name: fit for name, fit in fits.items() if set(fit[0]) == {"num_classes"}}
-    fits = unbent or fits
+    # a name at its own image size and pooling describes the file better than one bent to fit
+    fits = dict(sorted(fits.items(), key=lambda item: len(item[1][0])))
     functions: dict[Any, list[str]] = {}
     for name, (_, model) in fits.items():
         functions.setdefault(_function_of(model), []).append(name)
@@ -238,9 +250,6 @@ def _same_width(name: str, state: Mapping[str, Tensor]) -> bool:
     model: Any = skeleton(name, depth=1)
     expected = {k: v.shape for k, v in model.state_dict().items() if k.startswith("blocks.0.")}
     found = {k: v.shape for k, v in state.items() if k.startswith("blocks.0.")}
-    projection = state["patch_embed.proj.weight"]
-    if projection.shape != model.patch_embed.proj.weight.shape:
-        return False
     n_shared = sum(found.get(key) == shape for key, shape in expected.items())
     return bool(n_shared >= 0.5 * max(len(expected), 1))
 
@@ -248,9 +257,12 @@ def _same_width(name: str, state: Mapping[str, Tensor]) -> bool:
 def _refuse_unknown(
     state: Mapping[str, Tensor], source: str, closest: tuple[int, str, nn.Module] | None
 ) -> None:
-    width, channels, *patch = state["patch_embed.proj.weight"].shape
+    projection = state.get("patch_embed.proj.weight")
     n_blocks = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
-    what = f"width {width}, {n_blocks} blocks, patches of {_shape(tuple(patch))}×{channels}"
+    what = f"{n_blocks} blocks"
+    if projection is not None and projection.ndim == 4:
+        width, channels, *patch = projection.shape
+        what = f"width {width}, {what}, patches of {_shape(tuple(patch))}×{channels}"
     way = (
         "If it is a known architecture with other arguments, build the model in Python and call "
         "tomexport.export(model, …)."

@@ -38,7 +38,10 @@ _SAFE_GLOBALS: list[Any] = [
     (_multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
     np.ndarray,
     np.dtype,
-    *(type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "b1")),
+    *(
+        type(np.dtype(kind))
+        for kind in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")
+    ),
 ]
 
 
@@ -71,7 +74,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Raises: CheckpointError if there is no such file, it is no checkpoint, it wants to run code,
         or it holds NaN or infinite weights.
     """
-    _check_file(path)
+    check_file(path)
     if path.suffix.lower() == ".safetensors":
         content, metadata = _read_safetensors(path)
     else:
@@ -82,7 +85,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path.name, _checked(state, path), architecture, tuple(notes))
 
 
-def _check_file(path: Path) -> None:
+def check_file(path: Path) -> None:
+    """Refuse what cannot be a checkpoint, from the outside.
+
+    Raises: CheckpointError if there is no such file, or it is a folder, empty, or of another kind.
+    """
     if not path.exists():
         raise CheckpointError(f"There is no file {path}. Check the path, or give a timm name.")
     if path.is_dir():
@@ -124,8 +131,7 @@ def _read_pickle(path: Path) -> Any:
             f"{path} {what}, so it was refused and nothing in it ran. Save the weights alone, "
             "where the file was made: torch.save(model.state_dict(), path)"
         ) from err
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError,
-            AttributeError, UnicodeDecodeError, OverflowError, MemoryError) as err:  # fmt: skip
+    except Exception as err:
         raise CheckpointError(
             f"{path} is not a readable PyTorch checkpoint ({plain(err)}); it may be cut off or of "
             "another kind. Copy or download it again."
@@ -183,6 +189,11 @@ def _counts_as(key: str, prefix: str) -> bool:
     return key.startswith(prefix) or key == "n_averaged"  # torch's averaged models count beside
 
 
+def _has_plain_values(tensor: Tensor) -> bool:
+    odd = tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex()
+    return not (odd or tensor.is_meta)
+
+
 def _checked(state: dict[str, Any], path: Path) -> dict[str, Tensor]:
     bad = [name for name, tensor in state.items() if not isinstance(tensor, Tensor)]
     if bad:
@@ -190,10 +201,11 @@ def _checked(state: dict[str, Any], path: Path) -> dict[str, Tensor]:
             f"{path}: {bad[0]!r} is no tensor but a {type(state[bad[0]]).__name__}, so this is "
             "not a state dict. Save the weights alone: torch.save(model.state_dict(), path)"
         )
-    sparse = [n for n, t in state.items() if t.layout != torch.strided or t.is_quantized]
-    if sparse:
+    odd = [n for n, t in state.items() if not _has_plain_values(t)]
+    if odd:
         raise CheckpointError(
-            f"{path}: {sparse[0]!r} is sparse or quantized; save the model's float weights."
+            f"{path}: {odd[0]!r} is sparse, quantized, complex or without values; save the model's "
+            "float weights."
         )
     floats = {n: t.float() if t.is_floating_point() else t for n, t in state.items()}
     broken = [n for n, t in floats.items() if t.is_floating_point() and not t.isfinite().all()]

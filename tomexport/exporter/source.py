@@ -83,6 +83,7 @@ def _from_module(model: nn.Module) -> Source:
 
 
 def _from_file(path: Path, arch: str | None, seed: int | None) -> Source:
+    checkpoint.check_file(path)
     if seed is not None:
         raise RewriteError(
             f"{path} is a file with weights of its own; --random-weights goes with a name."
@@ -95,6 +96,8 @@ def _from_name(name: str, arch: str | None, seed: int | None, with_weights: bool
     if arch and arch != name:
         raise RewriteError(f"--arch {arch} goes with a checkpoint file; {name!r} is a name itself.")
     zoo.check_name(name)
+    if seed is not None and not -(2**63) <= seed < 2**63:
+        raise RewriteError(f"--random-weights {seed} is no seed: it has more than 64 bits.")
     if seed is not None:
         model = seed_weights(zoo.timm().create_model(name), seed).eval()
         weights = f"{RANDOM} {seed}"

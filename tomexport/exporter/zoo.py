@@ -66,7 +66,7 @@ def check_name(name: str) -> str:
 
     Raises: RewriteError for a timm model of another kind, UnknownNameError for no timm model.
     """
-    architecture, _, tag = name.partition(".")
+    architecture, dot, tag = name.partition(".")
     known = timm().list_models()
     if architecture not in known:
         # a name that leaves something out, like swin_tiny, is refused for what it is
@@ -81,7 +81,7 @@ def check_name(name: str) -> str:
     if architecture not in supported_names():
         raise RewriteError(_not_reduced(architecture))
     tags = [full.partition(".")[2] for full in timm().list_pretrained(f"{architecture}.*")]
-    if tag and tag not in tags:
+    if dot and tag not in tags:
         raise UnknownNameError(
             f"{architecture} has no pretrained tag {tag!r}; known: {', '.join(sorted(tags))}."
             f"{did_you_mean(tag, tags)}"
@@ -144,13 +144,14 @@ def _is_cached(hub_id: str | None) -> bool:
 
 def _hub_unreachable() -> str | None:
     """Return why the hub cannot be reached, in a moment instead of after minutes of retries."""
-    if getproxies():
-        return None  # the proxy resolves names; only a real attempt can tell
-    host = urlparse(need("huggingface_hub", "export").constants.ENDPOINT).hostname or ""
+    hub = urlparse(need("huggingface_hub", "export").constants.ENDPOINT)
+    proxy = getproxies().get(hub.scheme)  # resolves names for us, so it is what must answer
+    first = urlparse(proxy if "://" in proxy else f"http://{proxy}") if proxy else hub
     try:
-        socket.create_connection((host, 443), timeout=5).close()
-    except OSError as err:
-        return f"{host} does not answer ({err.strerror or err})"
+        port = first.port or {"https": 443}.get(first.scheme, 80)
+        socket.create_connection((first.hostname or "", port), timeout=5).close()
+    except (OSError, ValueError) as err:
+        return f"{first.hostname} does not answer ({getattr(err, 'strerror', None) or err})"
     return None
 
 

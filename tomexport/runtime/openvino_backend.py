@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from tomexport import scratch
 from tomexport.artifact import DOMAIN
 from tomexport.errors import BackendError, ExportError, need, plain
 from tomexport.runtime.backend import Array, Request, check_device
@@ -116,7 +116,10 @@ class OpenVino:
         try:
             ov.save_model(model, xml_path, compress_to_fp16=half)
         except Exception as err:
-            raise ExportError(f"OpenVINO could not write {xml_path.name}: {plain(err)}") from err
+            raise ExportError(
+                f"OpenVINO could not write {xml_path.name} ({plain(err)}); the disk may be full. "
+                "Nothing was kept."
+            ) from err
         _require_whole(xml_path)
 
 
@@ -152,7 +155,12 @@ def _inlined(path: Path) -> Iterator[Path | bytes]:
     if all(w.data_location == onnx.TensorProto.DEFAULT for w in model.graph.initializer):
         yield content
         return
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".onnx") as file:
-        file.write(content)
-        file.flush()
-        yield Path(file.name)
+    with scratch.folder(path) as folder:
+        for weights in model.graph.initializer:
+            for entry in weights.external_data:
+                part = folder / Path(entry.value).name
+                if entry.key == "location" and not part.exists():
+                    part.hardlink_to(path.parent / entry.value)  # OpenVINO follows no other link
+        graph = folder / path.name
+        graph.write_bytes(content)
+        yield graph

@@ -10,7 +10,7 @@ from tomexport.exporter.layouts.layout import Layout
 
 
 def _recognises(state: Mapping[str, Tensor]) -> bool:
-    return "patch_embed.proj.weight" in state
+    return all(any(key.startswith(part) for key in state) for part in ("patch_embed.", "blocks."))
 
 
 def _rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
