@@ -83,8 +83,8 @@ def _save_onnx(graph: ir.Model, path: Path) -> None:
     """Write one file; from 2 GB on, where protobuf ends, the weights go to a second one."""
     import onnx_ir as ir
 
-    weights = [v.const_value for v in graph.graph.initializers.values() if v.const_value]
-    large = sum(tensor.nbytes for tensor in weights) > _TWO_GB
+    weights = [v.const_value for v in graph.graph.initializers.values()]
+    large = sum(tensor.nbytes for tensor in weights if tensor is not None) > _TWO_GB
     ir.save(graph, path, external_data=f"{path.name}.data" if large else None)
     with path.open("rb") as file:
         os.fsync(file.fileno())
