@@ -47,7 +47,7 @@ def _match(op: Any, metric: ir.Value, n: int, r: int, n_prefix: int) -> ir.Value
     sign = op.Sign(op.Sub(op.Transpose(best, perm=[0, 2, 1]), best))
     ahead = op.Cast(op.Greater(op.Add(sign, rows), columns), to=ir.DataType.INT64)
     rank = op.ReduceSum(ahead, [2], keepdims=0)  # (B, |A|)
-    source = op.Cast(op.Less(rank, r), to=ir.DataType.INT64)
+    source = op.Cast(op.Less(rank, _constant(op, [r])), to=ir.DataType.INT64)
 
     # slot in A = source ? first_b_slot + partner : kept, as kept + source · (… − kept)
     if n_prefix:  # kept = n_prefix + i − (sources up to i)
@@ -57,7 +57,7 @@ def _match(op: Any, metric: ir.Value, n: int, r: int, n_prefix: int) -> ir.Value
         slot = op.Sub(op.Mul(source, to_b), before)
     else:  # kept = rank − r
         base = np.full(n_a, -r)
-        to_b = op.Add(op.Sub(partner, rank), first_b_slot + r)
+        to_b = op.Add(op.Sub(partner, rank), _constant(op, [first_b_slot + r]))
         slot = op.Add(op.Mul(source, to_b), rank)
 
     # prefix, A, B side by side, then back into the order of the tokens
