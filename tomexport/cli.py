@@ -278,8 +278,7 @@ def _run(arguments: list[str]) -> int:
         stop = "" if message.endswith((".", "?")) else "."
         click.echo(f"error: {message}{stop} See {command} --help.", err=True)
         return EXIT_ERROR
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader is gone; so is the need to say more
+    except SystemExit:  # click's way out when the reader of stdout is gone
         return EXIT_ERROR
     except (TomexportError, OSError) as err:
         if "--debug" in arguments:

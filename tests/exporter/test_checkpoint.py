@@ -7,7 +7,7 @@ import io
 import json
 import os
 import pickle
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -572,3 +572,22 @@ def test_what_exists_is_a_file_whatever_its_name(tmp_path, monkeypatch):
     (tmp_path / "deit_tiny_patch16_224").touch()
     monkeypatch.chdir(tmp_path)
     assert looks_like_file("deit_tiny_patch16_224")
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"<!DOCTYPE html><html>Not found</html>", "is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "the pointer of a Git LFS"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_what_stands_in_for_a_download_is_named(tmp_path, content, what, suffix):
+    path = tmp_path / f"model{suffix}"
+    path.write_bytes(content)
+    assert what in refusal(path)
+
+
+def test_paths_and_counters_beside_the_weights_are_read(tmp_path):
+    beside = {"folder": Path("runs/1"), "meters": defaultdict(list)}
+    assert_holds(write(tmp_path / "model.pth", {"model": weights(), **beside}), weights())

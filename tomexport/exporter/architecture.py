@@ -69,7 +69,7 @@ def build(checkpoint: Checkpoint, arch: str | None = None) -> Built:
         check_name(name)
         options = _fitted(name, state, checkpoint.source)
         model = skeleton(name, **options)
-        _require_fit(model, state, checkpoint.source, name)
+        _require_fit(model, state, checkpoint.source, name, named_by_file=not arch)
         names: tuple[str, ...] = (name,)
         if not arch:
             notes.append(f"architecture {name}, as the file says")
@@ -189,12 +189,14 @@ def _shape(shape: tuple[int, ...]) -> str:
     return "×".join(map(str, shape)) or "a scalar"
 
 
-def _require_fit(model: nn.Module, state: Mapping[str, Tensor], source: str, name: str) -> None:
+def _require_fit(
+    model: nn.Module, state: Mapping[str, Tensor], source: str, name: str, *, named_by_file: bool
+) -> None:
     if problems := _problems(model, state):
-        raise CheckpointError(
-            f"{source} does not fit {name}: {problems}. Name the right architecture with --arch, "
-            "or leave it out to have it found by shapes."
-        )
+        way = "Name the right architecture with --arch, or leave it out to have it found by shapes."
+        if named_by_file:
+            way = "The file itself names this architecture; name the right one with --arch."
+        raise CheckpointError(f"{source} does not fit {name}: {problems}. {way}")
 
 
 def _problems(model: nn.Module, state: Mapping[str, Tensor]) -> str:

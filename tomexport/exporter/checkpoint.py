@@ -8,10 +8,10 @@ import json
 import pickle
 import re
 import warnings
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,9 @@ _PREFIXES = ("module.", "_orig_mod.", "model.")
 _SAFE_GLOBALS: list[Any] = [
     argparse.Namespace,
     OrderedDict,
+    defaultdict,
+    *(list, dict, int, float),  # what a defaultdict makes
+    PosixPath,
     _multiarray.scalar,
     _multiarray._reconstruct,
     (_multiarray.scalar, "numpy.core.multiarray.scalar"),  # as NumPy 1 called them
@@ -65,7 +68,8 @@ class Checkpoint:
 def looks_like_file(model: str) -> bool:
     """Tell a checkpoint's path from a model's name."""
     path = Path(model)
-    return path.suffix.lower() in SUFFIXES or path.exists() or "/" in model or "\\" in model
+    is_path = path.suffix.lower() in SUFFIXES or path.exists() or "/" in model or "\\" in model
+    return is_path and bool(model.strip())
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -103,6 +107,11 @@ def check_file(path: Path) -> None:
         )
     if path.stat().st_size == 0:
         raise CheckpointError(f"{path} is empty (0 bytes); copy or download it again.")
+    with path.open("rb") as file:
+        start = file.read(64).lstrip()
+    if start.startswith((b"<", b"version https://git-lfs")):
+        what = "a web page" if start.startswith(b"<") else "the pointer of a Git LFS file"
+        raise CheckpointError(f"{path} is {what}, not the checkpoint itself; download it again.")
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -212,7 +221,8 @@ def _checked(state: dict[str, Any], path: Path) -> dict[str, Tensor]:
     if broken:
         count = int((~floats[broken[0]].isfinite()).sum())
         raise CheckpointError(
-            f"{path}: {len(broken)} tensors hold NaN or infinite values, first {broken[0]!r} "
+            f"{path}: {len(broken)} tensor{'s hold' if len(broken) > 1 else ' holds'} NaN or "
+            f"infinite values, first {broken[0]!r} "
             f"({count} of {floats[broken[0]].numel()}). The training diverged or the file is "
             "damaged; take an earlier checkpoint."
         )
