@@ -54,16 +54,17 @@ def verify_table(report: VerifyReport) -> RenderableType:
     """Show each runtime's difference from PyTorch, and what merging itself changes."""
     n_images = report.runs[0].images if report.runs else 0
     table = _table(
-        "runtime", "batch", "max |Δ|", "cosine", "top-1", "other merges", "",
+        "runtime", "batch", "max |Δ|", "mean |Δ|", "cosine", "top-1", "merges ≠", "",
         title=f"{report.path} against PyTorch, {n_images} images ({report.images})",
     )  # fmt: skip
     for run in report.runs:
-        verdict = ("pass" if run.passed else "FAIL") if run.gated else "reported"
+        verdict = ("pass" if run.passed else "FAIL") if run.gated else "info"
         otherwise = f"{run.decided_otherwise} of {run.images}"
         table.add_row(
             f"{run.backend} {run.device} {run.precision}",
             f"{run.batch}",
             f"{run.max_abs:.1e}",
+            f"{run.mean_abs:.1e}",
             f"{run.cosine:.6f}",
             "–" if run.top1 is None else f"{run.top1:.0%}",
             otherwise,
@@ -85,7 +86,10 @@ def verify_table(report: VerifyReport) -> RenderableType:
     ]
     fidelity = report.fidelity
     top1 = "" if fidelity.top1 is None else f", top-1 agreement {fidelity.top1:.0%}"
-    merging = f"merging itself, in PyTorch: cosine {fidelity.cosine:.4f} to the original{top1}"
+    merging = (
+        f"merging itself, in PyTorch, against the original: max |Δ| {fidelity.max_abs:.1e}, "
+        f"mean {fidelity.mean_abs:.1e}, cosine {fidelity.cosine:.4f}{top1}"
+    )
     return Group(table, *failures, *ties, Text(merging))
 
 

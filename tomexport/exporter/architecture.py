@@ -130,15 +130,13 @@ def _without_spare(state: dict[str, Tensor], layout: Layout) -> tuple[dict[str, 
     return {key: tensor for key, tensor in state.items() if key not in spare}, notes
 
 
-def _fitted(name: str, state: Mapping[str, Tensor], source: str, depth: int | None = None) -> Any:
+def _fitted(name: str, state: Mapping[str, Tensor], source: str) -> dict[str, Any]:
     """Return the options that make a timm name fit the weights: classes, image size, pooling."""
-    model: Any = skeleton(name, **({} if depth is None else {"depth": depth}))
+    model: Any = skeleton(name)
     head = state.get("head.weight", state.get("head.bias"))
     options: dict[str, Any] = {
         "num_classes": head.shape[0] if head is not None and head.ndim else 0
     }
-    if depth is not None:
-        options["depth"] = depth
     has_fc_norm, expects_fc_norm = "fc_norm.weight" in state, _has(model, "fc_norm.weight")
     is_distilled = hasattr(model, "dist_token")  # always pools its two tokens
     if has_fc_norm and not expects_fc_norm and "norm.weight" not in state and not is_distilled:

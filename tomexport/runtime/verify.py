@@ -86,12 +86,13 @@ class Fidelity:
     """What merging itself changes: PyTorch's reduced module against the original.
 
     Attributes:
-        max_abs: largest difference of outputs.
+        max_abs, mean_abs: difference of outputs.
         cosine: mean cosine of outputs.
         top1: share of images with the same first class; None for features.
     """
 
     max_abs: float
+    mean_abs: float
     cosine: float
     top1: float | None
 
@@ -104,7 +105,7 @@ class VerifyReport:
         path: the file.
         images: what it was compared on, in words.
         runs: one per runtime, precision and batch.
-        fidelity: what merging itself changes, or None if it is not to be judged on these images.
+        fidelity: what merging itself changes.
     """
 
     path: str
@@ -280,8 +281,10 @@ def _top1(a: Array, b: Array, output: str) -> float | None:
 
 
 def _fidelity(golden: Golden, output: str) -> Fidelity:
+    difference = np.abs(golden.reduced.astype(np.float64) - golden.original)
     return Fidelity(
-        max_abs=float(np.abs(golden.reduced - golden.original).max()),
+        max_abs=float(difference.max()),
+        mean_abs=float(difference.mean()),
         cosine=float(_cosine(golden.reduced, golden.original).mean()),
         top1=_top1(golden.reduced, golden.original, output),
     )
