@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -256,7 +256,7 @@ def _same_width(name: str, state: Mapping[str, Tensor]) -> bool:
 
 def _refuse_unknown(
     state: Mapping[str, Tensor], source: str, closest: tuple[int, str, nn.Module] | None
-) -> None:
+) -> NoReturn:
     projection = state.get("patch_embed.proj.weight")
     n_blocks = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     what = f"{n_blocks} blocks"

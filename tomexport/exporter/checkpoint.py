@@ -84,7 +84,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     else:
         content, metadata = _read_pickle(path), {}
     state, notes = _find_state(content, path)
-    state = {_strip(name, state): tensor for name, tensor in state.items()}
+    state = _without_prefixes(state)
     architecture = _architecture(content) or _architecture(metadata) or _sidecar(path)
     return Checkpoint(path.name, _checked(state, path), architecture, tuple(notes))
 
@@ -183,15 +183,13 @@ def _find_state(content: Any, path: Path) -> tuple[dict[str, Any], list[str]]:
     return dict(wrappers[chosen]), notes
 
 
-def _strip(name: str, state: Mapping[str, Any]) -> str:
+def _without_prefixes(state: dict[str, Any]) -> dict[str, Any]:
     """Take off the prefixes that wrappers of the module left on every key."""
-    rest = list(state)
-    while True:
-        prefix = next((p for p in _PREFIXES if all(_counts_as(k, p) for k in rest)), None)
-        if prefix is None or not name.startswith(prefix):
-            return name
-        name = name[len(prefix) :]
-        rest = [k.removeprefix(prefix) for k in rest]
+    for prefix in _PREFIXES:
+        stripped = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+        if stripped.keys() != state.keys() and all(_counts_as(name, prefix) for name in state):
+            return _without_prefixes(stripped)
+    return state
 
 
 def _counts_as(key: str, prefix: str) -> bool:
