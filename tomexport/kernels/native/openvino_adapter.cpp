@@ -1,0 +1,100 @@
+// OpenVINO: shapes and pointers in, the runtime's own threads, nothing computed here.
+
+#include <openvino/core/extension.hpp>
+#include <openvino/core/op_extension.hpp>
+#include <openvino/core/parallel.hpp>
+#include <openvino/frontend/onnx/extension/op.hpp>
+#include <openvino/op/op.hpp>
+
+#include "operators.h"
+
+namespace tomexport {
+namespace {
+
+template <class Operator> class Node : public ov::op::Op {
+  public:
+    static const ov::DiscreteTypeInfo &get_type_info_static() {
+        static const ov::DiscreteTypeInfo info = [] {
+            ov::DiscreteTypeInfo i{Operator::kName, "tomexport", &ov::op::Op::get_type_info_static()};
+            i.hash();
+            return i;
+        }();
+        return info;
+    }
+    const ov::DiscreteTypeInfo &get_type_info() const override { return get_type_info_static(); }
+
+    Node() = default;
+    Node(const ov::OutputVector &inputs, std::int64_t r, std::int64_t n_prefix)
+        : Op(inputs), r_(r), n_prefix_(n_prefix) {
+        constructor_validate_and_infer_types();
+    }
+
+    void validate_and_infer_types() override {
+        const ov::PartialShape x = get_input_partial_shape(0), size = get_input_partial_shape(1),
+                               signal = get_input_partial_shape(2);
+        NODE_VALIDATION_CHECK(this, x.rank().compatible(3) && size.rank().compatible(3) &&
+                                        signal.rank().compatible(4),
+                              "x (B,N,C), size (B,N,1) and signal (B,G,N,D) wanted, not ", x, ", ",
+                              size, " and ", signal);
+        ov::Dimension n_batch, n, n_channels, n_out;
+        if (x.rank().is_static()) n_batch = x[0], n = x[1], n_channels = x[2];
+        if (n.is_static()) {
+            const char *why = Operator(r_, n_prefix_).refusal(n.get_length());
+            NODE_VALIDATION_CHECK(this, !why, "r = ", r_, " of ", n, " tokens: ", why);
+            n_out = n.get_length() - r_;
+        }
+        set_output_type(0, ov::element::f32, {n_batch, n_out, n_channels});
+        set_output_type(1, ov::element::f32, {n_batch, n_out, 1});
+        set_output_type(2, ov::element::i64, {n_batch, n});
+    }
+
+    std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector &inputs) const override {
+        return std::make_shared<Node>(inputs, r_, n_prefix_);
+    }
+
+    bool visit_attributes(ov::AttributeVisitor &visitor) override {
+        visitor.on_attribute("r", r_);
+        visitor.on_attribute("n_prefix", n_prefix_);
+        return true;
+    }
+
+    bool has_evaluate() const override { return true; }
+
+    bool evaluate(ov::TensorVector &out, const ov::TensorVector &in) const override {
+        const Operator op(r_, n_prefix_);
+        const ov::Shape &x = in[0].get_shape(), &signal = in[2].get_shape();
+        Call call{};
+        call.n_batch = x[0], call.n_tokens = x[1], call.n_channels = x[2];
+        call.n_groups = signal[1], call.n_dims = signal[3];
+        call.one_size = in[1].get_shape()[0] == 1;
+        call.x = in[0].data<const float>(), call.size = in[1].data<const float>();
+        call.signal = in[2].data<const float>();
+        const std::size_t n_out = x[1] - op.removed();
+        out[0].set_shape({x[0], n_out, x[2]});
+        out[1].set_shape({x[0], n_out, 1});
+        out[2].set_shape({x[0], x[1]});
+        call.x_out = out[0].data<float>(), call.size_out = out[1].data<float>();
+        call.target = out[2].data<std::int64_t>();
+        run(op, call, Threads(nullptr, [](void *, Threads::Task task, std::size_t n, void *job) {
+            ov::parallel_for(n, [=](std::size_t i) { task(job, i); });
+        }));
+        return true;
+    }
+
+  private:
+    std::int64_t r_ = 0, n_prefix_ = 0;
+};
+
+template <class... Operator> std::vector<ov::Extension::Ptr> extensions(List<Operator...>) {
+    std::vector<ov::Extension::Ptr> all;
+    (all.insert(all.end(), {std::make_shared<ov::OpExtension<Node<Operator>>>(),
+                            std::make_shared<ov::frontend::onnx::OpExtension<Node<Operator>>>(
+                                Operator::kName, "tomexport")}),
+     ...);
+    return all;
+}
+
+}  // namespace
+}  // namespace tomexport
+
+OPENVINO_CREATE_EXTENSIONS(tomexport::extensions(tomexport::Operators{}));

@@ -1,0 +1,11 @@
+// The kernels that the libraries hold: a line for each operator.
+#pragma once
+
+#include "../merge/kernel.h"
+
+namespace tomexport {
+
+template <class... T> struct List {};
+using Operators = List<Merge>;
+
+}  // namespace tomexport
