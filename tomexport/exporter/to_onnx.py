@@ -109,7 +109,7 @@ def _attach_bodies(graph_model: ir.Model, opset: int) -> tuple[str, ...]:
         function = operator.body(n_tokens, **attributes, opset=opset)
         graph_model.functions[function.identifier()] = function
         node.overload = function.overload
-        node.name = f"{operator.name}_{index}"
+        node.name = f"{DOMAIN}/{operator.name}_{index}"
         target.name = f"decision_{index}"
         decisions.append(target.name)
     graph_model.opset_imports[DOMAIN] = 1

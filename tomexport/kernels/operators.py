@@ -73,6 +73,8 @@ class Operator:
             opset_imports={"": opset},
         )
         function.overload = f"n{n}_r{r}_p{n_prefix}"
+        for index, node in enumerate(function):
+            node.name = f"{DOMAIN}/{node.op_type}_{index}"  # how a profile tells them apart
         return function
 
 
