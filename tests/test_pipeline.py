@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib.util
 
 import numpy as np
 import onnx
@@ -208,7 +209,7 @@ def test_a_file_without_its_golden_set(tmp_path, seeded):
 def test_verifying_without_a_runtime(tmp_path, seeded, monkeypatch):
     path = tmp_path / "model.onnx"
     tomexport.export(seeded("test_vit"), "none", path, verify=False)
-    monkeypatch.setattr(verification.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match="needs a runtime, and none is installed"):
         tomexport.verify(path)
 

@@ -1,14 +1,16 @@
-"""Scratch folders that are gone afterwards, however the process ends."""
+"""Scratch folders and processes that are gone afterwards, however the process ends."""
 
 from __future__ import annotations
 
 import contextlib
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 _open: set[Path] = set()
+_running: set[subprocess.Popen[str]] = set()
 
 
 @contextlib.contextmanager
@@ -25,8 +27,29 @@ def folder(beside: Path) -> Iterator[Path]:
         _remove(path)
 
 
+@contextlib.contextmanager
+def process(command: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """Start a process that reads and writes lines; it is killed when the block ends."""
+    child = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # Ctrl-C reaches the parent alone, which then ends its children
+    )
+    _running.add(child)
+    try:
+        yield child
+    finally:
+        child.kill()  # ends a stopped process too
+        child.communicate()
+        _running.discard(child)
+
+
 def abandon() -> None:
-    """Remove every folder that is still open: for a process about to end at once."""
+    """Remove every folder and end every process: for a process about to end at once."""
+    for child in list(_running):
+        child.kill()
     for path in list(_open):
         _remove(path)
 

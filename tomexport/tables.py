@@ -132,5 +132,5 @@ def _words(value: object) -> str:
     if value is None:
         return "not found"
     if isinstance(value, dict):
-        return "; ".join(f"{name}: {', '.join(items)}" for name, items in value.items())
+        return "; ".join(f"{name}: {', '.join(map(str, items))}" for name, items in value.items())
     return ", ".join(value) if isinstance(value, list) else str(value)

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
-import platform
 import shutil
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from tomexport.errors import TomexportError, plain
 from tomexport.runtime.load import BACKENDS
+from tomexport.runtime.machine import machine
 
 _PACKAGES = {
     "numpy": "", "torch": "export", "timm": "export", "onnx": "export", "onnxscript": "export",
     "safetensors": "export", "onnxruntime": "onnxruntime", "openvino": "openvino",
     "pillow": "calib",
 }  # fmt: skip
-# what decides the speed of matrix products: vector widths, int8 and bf16 instructions
-_FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16",
-          "amx_int8", "asimd", "asimddp", "i8mm", "bf16", "sve")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,21 +48,6 @@ def diagnose() -> Diagnosis:
         runtimes={backend.name: _devices(backend) for backend in BACKENDS},
         tools={name: shutil.which(name) for name in ("c++", "cmake")},
     )
-
-
-def machine() -> dict[str, Any]:
-    """Return the processor's name, usable cores and instruction sets that matter here."""
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    pairs = (line.partition(":") for line in text.splitlines())
-    fields = {name.strip(): value.strip() for name, _, value in pairs}
-    flags = (fields.get("flags") or fields.get("Features") or "").split()
-    usable = getattr(os, "sched_getaffinity", None)
-    return {
-        "system": f"{platform.system()} {platform.machine()}",
-        "cpu": fields.get("model name") or platform.processor() or "unknown",
-        "cores": len(usable(0)) if usable else os.cpu_count(),
-        "flags": [flag for flag in _FLAGS if flag in flags],
-    }
 
 
 def _version(package: str, extra: str) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from tomexport.errors import BackendError, pick
+from tomexport.errors import BackendError, MissingExtraError, pick
 from tomexport.runtime.backend import Array, Backend, Request, Session
 from tomexport.runtime.onnxruntime_backend import OnnxRuntime
 from tomexport.runtime.openvino_backend import OpenVino
@@ -116,6 +117,26 @@ def readers(path: Path) -> tuple[Backend, ...]:
             f"{path.name}: no runtime reads the suffix {path.suffix!r}; known: {', '.join(known)}."
         )
     return found
+
+
+def choose(path: Path, backend: str | None) -> list[Backend]:
+    """Return the runtime of this name; without one, all that are installed and read the file.
+
+    Raises: BackendError if there is no such file, MissingExtraError if no runtime is installed.
+    """
+    if backend:
+        chosen = [pick("backend", BACKENDS, backend)]
+        require_readable(path, chosen[0])
+        return chosen
+    able = readers(path)
+    require_readable(path, able[0])
+    installed = [b for b in able if importlib.util.find_spec(b.module)]
+    if not installed:
+        extras = " or ".join(f"pip install 'tomexport[{b.extra}]'" for b in able)
+        raise MissingExtraError(
+            f"Running {path.name} needs a runtime, and none is installed: {extras}"
+        )
+    return installed
 
 
 def require_readable(path: Path, backend: Backend) -> None:

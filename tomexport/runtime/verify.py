@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,8 @@ from typing import Any
 import numpy as np
 
 from tomexport.artifact import Array, Golden, Metadata
-from tomexport.errors import MissingExtraError, pick
 from tomexport.runtime.backend import Backend, read_artifact
-from tomexport.runtime.load import BACKENDS, Runner, load, readers, require_readable
+from tomexport.runtime.load import Runner, choose, load
 
 
 @dataclass(frozen=True)
@@ -151,7 +149,7 @@ def verify(
         carries nothing to compare with.
     """
     path = Path(path)
-    backends = _choose(path, backend)
+    backends = choose(path, backend)
     metadata, own = read_artifact(backends[0], path)
     golden = own if golden is None else golden
     gate = _HALF if metadata.half else _EXACT
@@ -167,22 +165,6 @@ def verify(
                 progress(f"{chosen.name} {device} {runner.precision}, batch {batch}")
                 runs.append(_compare(runner, golden, metadata, batch, gate, gated))
     return VerifyReport(str(path), images, tuple(runs), _fidelity(golden, metadata.output))
-
-
-def _choose(path: Path, backend: str | None) -> list[Backend]:
-    if backend:
-        chosen = [pick("backend", BACKENDS, backend)]
-        require_readable(path, chosen[0])
-        return chosen
-    able = readers(path)
-    require_readable(path, able[0])
-    installed = [b for b in able if importlib.util.find_spec(b.module)]
-    if not installed:
-        extras = " or ".join(f"pip install 'tomexport[{b.extra}]'" for b in able)
-        raise MissingExtraError(
-            f"Verifying {path.name} needs a runtime, and none is installed: {extras}"
-        )
-    return installed
 
 
 def _precisions(backend: Backend, device: str) -> list[str | None]:
