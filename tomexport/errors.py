@@ -7,6 +7,7 @@
     ├── RewriteError          a model or method that cannot be reduced correctly
     ├── ExportError           a graph or a file that cannot be written
     ├── ArtifactError         a file that tomexport did not write, or that is damaged
+    ├── BuildError            fused kernels that cannot be built
     ├── BackendError          a runtime, device or precision that is not there
     ├── MissingExtraError     an optional dependency that is not installed
     └── VerifyError           a check that failed: exit code 1
@@ -49,6 +50,10 @@ class ExportError(TomexportError):
 
 class ArtifactError(TomexportError):
     """A file without readable metadata or golden set of tomexport's."""
+
+
+class BuildError(TomexportError):
+    """Fused kernels that cannot be built, or that must not be loaded."""
 
 
 class BackendError(TomexportError):

@@ -27,6 +27,11 @@ class Session(Protocol):
         """The precision that the runtime says it computes in: "f32", "bf16" or "f16"."""
         ...
 
+    @property
+    def kernels(self) -> bool:
+        """Whether fused kernels run the nodes of our own."""
+        ...
+
     def run(self, images: Array) -> list[Array]:
         """Compute the first output, then those that were asked for by name."""
         ...
@@ -41,12 +46,14 @@ class Request:
         threads: number of CPU threads; None leaves it to the runtime.
         precision: "f32", "bf16" or "f16"; None is the runtime's own default.
         extra_outputs: names of values inside the graph to return as well.
+        kernels: "auto", "off", or the path of a library of fused kernels.
     """
 
     device: str = "CPU"
     threads: int | None = None
     precision: str | None = None
     extra_outputs: tuple[str, ...] = ()
+    kernels: str | Path = "auto"
 
 
 class Backend(Protocol):
@@ -72,6 +79,10 @@ class Backend(Protocol):
         """The suffixes of the files that it reads."""
         ...
 
+    def version(self) -> str:
+        """Return the release that is installed."""
+        ...
+
     def devices(self) -> dict[str, tuple[str, ...]]:
         """Return the devices that are there, and the precisions of each."""
         ...
@@ -82,6 +93,10 @@ class Backend(Protocol):
 
     def compile(self, path: Path, request: Request) -> Session:
         """Compile a file."""
+        ...
+
+    def try_library(self, library: Path) -> None:
+        """Load a library of fused kernels, to see whether it loads."""
         ...
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from tomexport.errors import BackendError, MissingExtraError, pick
+from tomexport.runtime import fused
 from tomexport.runtime.backend import Array, Backend, Request, Session
 from tomexport.runtime.onnxruntime_backend import OnnxRuntime
 from tomexport.runtime.openvino_backend import OpenVino
@@ -24,12 +25,14 @@ class Runner:
         backend: name of the runtime.
         device: where it runs.
         precision: what it computes in: "f32", "bf16" or "f16".
+        kernels: whether fused kernels do the merging.
         session: the compiled file.
     """
 
     backend: str
     device: str
     precision: str
+    kernels: bool
     session: Session
 
     @property
@@ -77,6 +80,7 @@ def load(
     threads: int | None = None,
     precision: str | None = None,
     *,
+    kernels: str | Path = fused.AUTO,
     extra_outputs: tuple[str, ...] = (),
 ) -> Runner:
     """Load an exported file.
@@ -91,18 +95,21 @@ def load(
         device: a device of that runtime, "CPU" for instance.
         threads: number of CPU threads; None leaves it to the runtime.
         precision: "f32", "bf16" or "f16"; None is the runtime's own default.
+        kernels: "auto" takes fused kernels where they are or can be built, "off" standard
+            operators, a path that library. Only the CPU has fused kernels.
         extra_outputs: names of values inside the graph to return as well.
 
-    Raises: BackendError if the file, device or precision is not there, UnknownNameError for an
-        unknown backend, MissingExtraError if the runtime is not installed.
+    Raises: BackendError if the file, device, precision or library is not there, UnknownNameError
+        for an unknown backend, MissingExtraError if the runtime is not installed.
     """
     path = Path(path)
     chosen = pick("backend", BACKENDS, backend) if backend else readers(path)[0]
     require_readable(path, chosen)
     if threads is not None and threads < 1:
         raise BackendError(f"{threads} threads; a run needs at least 1.")
-    session = chosen.compile(path, Request(device, threads, precision, extra_outputs))
-    return Runner(chosen.name, device, session.precision, session)
+    library = fused.choice(kernels, device)
+    session = chosen.compile(path, Request(device, threads, precision, extra_outputs, library))
+    return Runner(chosen.name, device, session.precision, session.kernels, session)
 
 
 def readers(path: Path) -> tuple[Backend, ...]:

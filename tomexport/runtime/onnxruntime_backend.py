@@ -1,14 +1,16 @@
-"""ONNX Runtime. Nodes of our domain run as the functions that the file carries."""
+"""ONNX Runtime. Nodes of our domain run as fused kernels, or as the functions in the file."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tomexport.artifact import DOMAIN
 from tomexport.errors import BackendError, need, plain
+from tomexport.runtime import fused
 from tomexport.runtime.backend import Array, Request, check_device
 
 _PROVIDERS = {
@@ -23,6 +25,7 @@ class _Session:
     _session: Any
     _outputs: tuple[str, ...]
     input_shape: tuple[int | None, ...]
+    kernels: bool
     precision: str = "f32"
 
     def run(self, images: Array) -> list[Array]:
@@ -39,6 +42,10 @@ class OnnxRuntime:
     module: str = "onnxruntime"
     extra: str = "onnxruntime"
     suffixes: tuple[str, ...] = (".onnx",)
+
+    def version(self) -> str:
+        """Return the release that is installed."""
+        return str(need(self.module, self.extra).__version__)
 
     def devices(self) -> dict[str, tuple[str, ...]]:
         """Return the devices whose execution provider is there."""
@@ -59,10 +66,30 @@ class OnnxRuntime:
     def compile(self, path: Path, request: Request) -> _Session:
         """Make a session; with extra outputs, of a graph that returns them as well."""
         check_device(self, request)
-        provider, extra = _PROVIDERS[request.device], request.extra_outputs
-        ort = need(self.module, self.extra)
-        options = ort.SessionOptions()
+        return fused.compiled(self, path, request, partial(self._compile, path, request))
+
+    def try_library(self, library: Path) -> None:
+        """Load a library of fused kernels, to see whether it loads.
+
+        Raises: BackendError if it does not.
+        """
+        self._options(library)
+
+    def _options(self, library: Path | None) -> Any:
+        options = need(self.module, self.extra).SessionOptions()
         options.log_severity_level = 3  # errors only
+        try:
+            if library:
+                options.register_custom_ops_library(str(library))
+        except Exception as err:
+            raise BackendError(
+                f"ONNX Runtime {self.version()} cannot load the kernels {library}: {plain(err)}."
+            ) from err
+        return options
+
+    def _compile(self, path: Path, request: Request, library: Path | None) -> _Session:
+        provider, extra = _PROVIDERS[request.device], request.extra_outputs
+        options = self._options(library)
         if request.threads is not None:
             options.intra_op_num_threads = request.threads
         # where a graph that travels as bytes finds weights of its own file's second part
@@ -71,7 +98,9 @@ class OnnxRuntime:
         )
         try:
             model = _with_outputs(path, extra) if extra else str(path)
-            session = ort.InferenceSession(model, options, providers=[provider])
+            session = need(self.module, self.extra).InferenceSession(
+                model, options, providers=[provider]
+            )
         except Exception as err:
             raise BackendError(f"ONNX Runtime cannot load {path}: {plain(err)}") from err
         if provider not in session.get_providers():
@@ -81,7 +110,7 @@ class OnnxRuntime:
             )
         outputs = (session.get_outputs()[0].name, *extra)
         shape = tuple(d if isinstance(d, int) else None for d in session.get_inputs()[0].shape)
-        return _Session(session, outputs, shape)
+        return _Session(session, outputs, shape, library is not None)
 
 
 def _with_outputs(path: Path, names: Sequence[str]) -> Any:

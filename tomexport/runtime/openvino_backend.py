@@ -1,14 +1,18 @@
 """OpenVINO: runs .onnx and .xml files, and writes IR.
 
-OpenVINO never expands the functions of an ONNX file, so they are inlined before it reads one.
+With fused kernels as an extension it reads nodes of our own as they are. It never expands the
+functions of an ONNX file, so without kernels they are inlined before it reads one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import re
+import threading
+import xml.etree.ElementTree as ET
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ import numpy as np
 from tomexport import scratch
 from tomexport.artifact import DOMAIN
 from tomexport.errors import BackendError, ExportError, need, plain
+from tomexport.runtime import fused
 from tomexport.runtime.backend import Array, Request, check_device
 
 _CAPABILITIES = {"FP32": "f32", "BF16": "bf16", "FP16": "f16"}
@@ -28,9 +33,13 @@ class _Session:
     _compiled: Any
     input_shape: tuple[int | None, ...]
     precision: str
+    kernels: bool
+    _own: threading.local = field(default_factory=threading.local, repr=False)
 
     def run(self, images: Array) -> list[Array]:
-        results = self._compiled(images, share_inputs=True)
+        if not hasattr(self._own, "request"):  # a request serves one thread at a time
+            self._own.request = self._compiled.create_infer_request()
+        results = self._own.request.infer(images, share_inputs=True)
         # a copy, because the next call writes into the same memory
         return [np.array(results[i]) for i in range(len(self._compiled.outputs))]
 
@@ -43,6 +52,10 @@ class OpenVino:
     module: str = "openvino"
     extra: str = "openvino"
     suffixes: tuple[str, ...] = (".onnx", ".xml")
+
+    def version(self) -> str:
+        """Return the release and build that is installed."""
+        return "-".join(need(self.module, self.extra).__version__.split("-")[:2])
 
     def devices(self) -> dict[str, tuple[str, ...]]:
         """Return the devices of this machine and the precisions that each reports."""
@@ -59,14 +72,33 @@ class OpenVino:
             from tomexport.runtime.onnxruntime_backend import OnnxRuntime
 
             return OnnxRuntime().read_text(path)
-        info = self._read(path).get_rt_info()
-        entries = info[DOMAIN] if DOMAIN in info else {}  # noqa: SIM401  OVAny has no get
-        return {key: str(value.value) for key, value in dict(entries).items()}
+        try:  # as text, which needs no kernels
+            entries = ET.parse(path).getroot().find(f"rt_info/{DOMAIN}")
+        except ET.ParseError as err:
+            raise BackendError(f"{path} is not a readable IR file ({err}).") from err
+        return {} if entries is None else {e.tag: e.get("value", "") for e in entries}
 
-    def _read(self, path: Path) -> Any:
+    def try_library(self, library: Path) -> None:
+        """Load a library of fused kernels, to see whether it loads.
+
+        Raises: BackendError if it does not.
+        """
+        self._core(library)
+
+    def _core(self, library: Path | None) -> Any:
         core = need(self.module, self.extra).Core()
         try:
-            if path.suffix != ".onnx":
+            if library:
+                core.add_extension(str(library))
+        except Exception as err:
+            raise BackendError(
+                f"OpenVINO {self.version()} cannot load the kernels {library}: {plain(err)}."
+            ) from err
+        return core
+
+    def _read(self, core: Any, path: Path, library: Path | None) -> Any:
+        try:
+            if library or path.suffix != ".onnx":
                 return core.read_model(path)
             with _inlined(path) as readable:
                 return core.read_model(readable)
@@ -76,8 +108,11 @@ class OpenVino:
     def compile(self, path: Path, request: Request) -> _Session:
         """Compile the file for a device, tuned for the latency of one call."""
         check_device(self, request)
-        ov = need(self.module, self.extra)
-        model = self._read(path)
+        return fused.compiled(self, path, request, partial(self._compile, path, request))
+
+    def _compile(self, path: Path, request: Request, library: Path | None) -> _Session:
+        core = self._core(library)
+        model = self._read(core, path, library)
         if request.extra_outputs:
             model.add_outputs(list(request.extra_outputs))
         hints: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
@@ -86,31 +121,40 @@ class OpenVino:
         if request.threads is not None:
             hints["INFERENCE_NUM_THREADS"] = request.threads
         try:
-            compiled = ov.Core().compile_model(model, request.device, hints)
+            compiled = core.compile_model(model, request.device, hints)
         except Exception as err:
             raise BackendError(
                 f"OpenVINO cannot compile {path} for {request.device}: {plain(err)}"
             ) from err
-        used = compiled.get_property("INFERENCE_PRECISION_HINT")
+        used = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
         shape = tuple(
             dim.get_length() if dim.is_static else None
             for dim in compiled.inputs[0].get_partial_shape()
         )
-        return _Session(compiled, shape, _TYPES.get(used.to_string(), used.to_string()))
+        return _Session(compiled, shape, _TYPES.get(used, used), library is not None)
+
+    def library(self) -> Path:
+        """Return the library of fused kernels, without which no nodes of our own can be read.
+
+        Raises: BuildError or BackendError if there is none.
+        """
+        return fused.library(self, Request(kernels=fused.choice(fused.AUTO, "CPU")))
 
     def save_ir(self, onnx_path: Path, xml_path: Path, *, half: bool, text: dict[str, str]) -> None:
         """Convert an .onnx file to IR with our entries in its rt_info.
 
         Args:
-            onnx_path: the graph, of standard operators.
+            onnx_path: the graph; nodes of our own need the fused kernels.
             xml_path: where the .xml goes; the .bin goes beside it.
             half: store weights as float16.
             text: what to write into rt_info, by key.
 
-        Raises: ExportError if the files could not be written whole.
+        Raises: ExportError if the files could not be written whole, BuildError or BackendError if
+            there are no kernels.
         """
         ov = need(self.module, self.extra)
-        model = self._read(onnx_path)
+        kernels = self.library() if fused.has_own_nodes(onnx_path) else None
+        model = self._read(self._core(kernels), onnx_path, kernels)
         for key, value in text.items():
             model.set_rt_info(value, [DOMAIN, key])
         try:
