@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +13,36 @@ from tomexport.artifact import GOLDEN_KEY, METADATA_KEY, Golden, Metadata
 from tomexport.errors import ArtifactError, BackendError
 
 Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class OperatorTime:
+    """What operators of one type cost in one call, as the runtime's own profiler has it.
+
+    Attributes:
+        type: what the runtime calls it.
+        merging: whether these are nodes of ours, or their bodies', or reorders at their borders.
+        count: how often they run in a call.
+        microseconds: all of them together.
+    """
+
+    type: str
+    merging: bool
+    count: int
+    microseconds: float
+
+    @classmethod
+    def sum_up(cls, nodes: Iterable[tuple[str, bool, float]], calls: int) -> list[OperatorTime]:
+        """Add up (type, merging, microseconds) of every node in every call, the longest first."""
+        sums: dict[tuple[str, bool], tuple[int, float]] = {}
+        for kind, merging, time in nodes:
+            count, total = sums.get((kind, merging), (0, 0.0))
+            sums[kind, merging] = count + 1, total + time
+        found = [
+            cls(kind, merging, round(count / calls), round(total / calls, 2))
+            for (kind, merging), (count, total) in sums.items()
+        ]
+        return sorted(found, key=lambda each: -each.microseconds)
 
 
 class Session(Protocol):
@@ -36,6 +67,10 @@ class Session(Protocol):
         """Compute the first output, then those that were asked for by name."""
         ...
 
+    def operators(self) -> list[OperatorTime]:
+        """Return what the calls so far cost, if the request was to profile; call it once."""
+        ...
+
 
 @dataclass(frozen=True)
 class Request:
@@ -47,6 +82,7 @@ class Request:
         precision: "f32", "bf16" or "f16"; None is the runtime's own default.
         extra_outputs: names of values inside the graph to return as well.
         kernels: "auto", "off", or the path of a library of fused kernels.
+        profile_into: a folder for the runtime's profile of each operator; None for no profile.
     """
 
     device: str = "CPU"
@@ -54,6 +90,7 @@ class Request:
     precision: str | None = None
     extra_outputs: tuple[str, ...] = ()
     kernels: str | Path = "auto"
+    profile_into: str | None = None
 
 
 class Backend(Protocol):
