@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["TOMEXPORT_KERNELS"] = "off"  # a test that wants fused kernels takes the fixture `fused`
 
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,6 +39,23 @@ def seeded() -> Callable[..., nn.Module]:
         return _seeded(name, seed, tuple(sorted(options.items())))
 
     return build
+
+
+@pytest.fixture(scope="session")
+def kernel_cache(tmp_path_factory) -> Path:
+    """A cache of kernels that all processes of one test run share."""
+    folder = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        folder = folder.parent
+    return folder / "kernel-cache"
+
+
+@pytest.fixture
+def fused(kernel_cache, monkeypatch) -> Path:
+    """Let sessions use fused kernels, which are built when the first one does."""
+    monkeypatch.delenv("TOMEXPORT_KERNELS")
+    monkeypatch.setenv("TOMEXPORT_CACHE", str(kernel_cache))
+    return kernel_cache
 
 
 @pytest.fixture(scope="session")

@@ -99,6 +99,10 @@ _debug = click.option(
 _images = click.option(
     "--images", type=click.Path(path_type=Path), metavar="DIR", help="Compare on these images too."
 )
+_kernels = click.option(
+    "--kernels", default="auto", show_default=True, metavar="auto|off|PATH",
+    help="Fused kernels: those of this machine, none, or a library.",
+)  # fmt: skip
 
 
 @click.group(cls=_ExportByDefault, context_settings={"help_option_names": ["-h", "--help"]})
@@ -110,6 +114,7 @@ def cli() -> None:
     tomexport MODEL --schedule S -o OUT     export (the default command)
     tomexport plan MODEL --schedule S       tokens and MACs, nothing exported
     tomexport verify FILE                   compare a file with PyTorch
+    tomexport kernels build|list|clean      the fused kernels of this machine
     tomexport doctor                        what this machine has
 
     MODEL is a checkpoint (.pth .pt .bin .safetensors) or a timm name. Exit codes: 0 done, 1 a
@@ -188,6 +193,7 @@ def plan(model: str, as_json: bool, **options: Any) -> None:
     click.option("--device", default="CPU", show_default=True, help="Device of the runtime."),
     click.option("--precision", metavar="f32|bf16|f16",
                  help="Only this one; f32 and the runtime's default if left out."),
+    _kernels,
     click.option("--against", metavar="MODEL",
                  help="Run PyTorch again, on the checkpoint or name it was exported from."),
     _images,
@@ -217,10 +223,65 @@ def verify(
         raise click.exceptions.Exit(EXIT_CHECK_FAILED)
 
 
+@cli.group()
+def kernels() -> None:
+    """Build, list or remove the fused kernels, which make merging cheap on a CPU.
+
+    Sessions build them by themselves when they are first needed. TOMEXPORT_KERNELS=off turns them
+    off, TOMEXPORT_CACHE says where they lie (~/.cache/tomexport if left out).
+    """
+
+
+@kernels.command("build")
+@_options(
+    click.option("--runtime", "runtimes", multiple=True, metavar="NAME",
+                 help="onnxruntime or openvino, or both; all that are installed if left out."),
+    click.option("--march", default="native", show_default=True, metavar="ARCH",
+                 help="Architecture as the compiler names it: armv8.2-a, x86-64-v3, …"),
+    click.option("--toolchain", type=click.Path(path_type=Path), metavar="FILE",
+                 help="CMake's toolchain file, to build for another machine."),
+    click.option("--out", type=click.Path(path_type=Path), metavar="DIR",
+                 help="Put the library there, to take it to another machine."),
+    _json,
+    _debug,
+)  # fmt: skip
+def build_kernels(runtimes: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Build the kernels anew, for this machine or for another one."""
+    from tomexport.runtime.libraries import build_libraries
+
+    built = build_libraries(runtimes, **options)
+    data = {"libraries": [library.to_dict() for library in built]}
+    _show(data, as_json, lambda tables: tables.built_table(built))
+
+
+@kernels.command("list")
+@_options(_json, _debug)
+def list_kernels(as_json: bool) -> None:
+    """Show the kernels in the cache, and which of them are in use here."""
+    from tomexport.kernels import cache
+    from tomexport.runtime.libraries import stored_libraries
+
+    stored = stored_libraries()
+    entries = [library.to_dict() | {"in_use": used} for library, used in stored]
+    data = {"cache": str(cache.folder()), "libraries": entries}
+    _show(data, as_json, lambda tables: tables.libraries_table(cache.folder(), stored))
+
+
+@kernels.command("clean")
+@_options(_json, _debug)
+def clean_kernels(as_json: bool) -> None:
+    """Remove all kernels from the cache."""
+    from tomexport.kernels import cache
+
+    count, size = cache.clean()
+    data = {"cache": str(cache.folder()), "removed": count, "bytes": size}
+    _show(data, as_json, lambda tables: tables.cleaned(cache.folder(), count, size))
+
+
 @cli.command()
 @_options(_json, _debug)
 def doctor(as_json: bool) -> None:
-    """Show what this machine has: processor, packages, runtimes, devices."""
+    """Show what this machine has: processor, packages, runtimes, devices, fused kernels."""
     from tomexport.runtime.doctor import diagnose
 
     result = diagnose()

@@ -23,6 +23,8 @@ from tomexport.artifact import (
 )
 from tomexport.delivery import check_output, publish, staging, write
 from tomexport.errors import (
+    BackendError,
+    BuildError,
     ExportError,
     UnknownNameError,
     VerifyError,
@@ -251,7 +253,7 @@ class ProofError(VerifyError):
     def __init__(self, report: VerifyReport, *, kept: bool) -> None:
         self.report = report
         runs = [
-            f"{run.backend} {run.precision}, batch {run.batch}: {'; '.join(run.failures)}"
+            f"{run.name}, batch {run.batch}: {'; '.join(run.failures)}"
             for run in report.runs
             if not run.passed
         ]
@@ -342,14 +344,24 @@ def _check_request(
     is_ir = output.suffix == ".xml"
     if half and not is_ir:
         raise ExportError("--half stores the weights of an .xml as float16; .onnx keeps float32.")
-    if is_ir and ops == "custom":
-        raise ExportError(
-            "An .xml with nodes of our own can be read only where a library for them is loaded; "
-            "use --ops portable, its default."
-        )
     if is_ir:
         need("openvino", "openvino")
+    if is_ir and ops == "custom":
+        _require_kernels(output)
     return ops or ("portable" if is_ir else "custom")
+
+
+def _require_kernels(output: Path) -> None:
+    """Refuse an IR with nodes of our own where OpenVINO could not read it."""
+    from tomexport.runtime.openvino_backend import OpenVino
+
+    try:
+        OpenVino().library()
+    except (BuildError, BackendError) as err:
+        raise ExportError(
+            f"{output.name} with nodes of our own can be written, and read, only with fused "
+            f"kernels. {err} Or use --ops portable, the default of .xml."
+        ) from err
 
 
 def _metadata(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from tomexport.kernels.cache import Library
 from tomexport.pipeline import ExportReport
 from tomexport.plan import Plan
 from tomexport.runtime.doctor import Diagnosis
@@ -53,15 +55,16 @@ def plan_table(plan: Plan) -> RenderableType:
 def verify_table(report: VerifyReport) -> RenderableType:
     """Show each runtime's difference from PyTorch, and what merging itself changes."""
     n_images = report.runs[0].images if report.runs else 0
+    device = f" on {report.runs[0].device}" if report.runs else ""
     table = _table(
-        "runtime", "batch", "max |Δ|", "mean |Δ|", "cosine", "top-1", "merges ≠", "",
-        title=f"{report.path} against PyTorch, {n_images} images ({report.images})",
+        "runtime", "batch", "max |Δ|", "mean", "cosine", "top-1", "flips", "",
+        title=f"{report.path}{device} against PyTorch, {n_images} images ({report.images})",
     )  # fmt: skip
     for run in report.runs:
         verdict = ("pass" if run.passed else "FAIL") if run.gated else "info"
         otherwise = f"{run.decided_otherwise} of {run.images}"
         table.add_row(
-            f"{run.backend} {run.device} {run.precision}",
+            run.name,
             f"{run.batch}",
             f"{run.max_abs:.1e}",
             f"{run.mean_abs:.1e}",
@@ -71,14 +74,14 @@ def verify_table(report: VerifyReport) -> RenderableType:
             Text(verdict, style={"pass": "green", "FAIL": "bold red"}.get(verdict, "dim")),
         )
     failures = [
-        Text(f"{run.backend} {run.precision}, batch {run.batch}: {failure}")
+        Text(f"{run.name}, batch {run.batch}: {failure}")
         for run in report.runs
         if not run.passed
         for failure in run.failures
     ]
     ties = [
         Text(
-            f"{run.backend} {run.precision}, batch {run.batch}: {run.near_ties} of these images "
+            f"{run.name}, batch {run.batch}: {run.near_ties} of these images "
             "part at a near tie of PyTorch's own choice"
         )
         for run in report.runs
@@ -110,12 +113,48 @@ def export_summary(report: ExportReport) -> RenderableType:
     return Group(*parts)
 
 
+def built_table(libraries: Sequence[Library]) -> RenderableType:
+    """Show where libraries were put."""
+    return Group(*(Text(f"built: {lib.path} ({_kib(lib.size)})") for lib in libraries))
+
+
+def libraries_table(folder: Path, libraries: Sequence[tuple[Library, bool]]) -> RenderableType:
+    """Show what the cache of kernels holds, and which of it sessions here use."""
+    if not libraries:
+        return Text(f"{folder} holds no kernels yet; the first session builds them")
+    table = _table("runtime", "version", "march", "size", "built (UTC)", "", title=str(folder))
+    for library, used in libraries:
+        table.add_row(
+            library.runtime,
+            library.version,
+            library.march,
+            "–" if library.error else _kib(library.size),
+            library.built[:16].replace("T", " "),
+            "failed" if library.error else "in use" if used else "",
+        )
+    failures = [
+        Text(f"{lib.runtime} {lib.version}: {lib.error}") for lib, _ in libraries if lib.error
+    ]
+    return Group(table, *failures)
+
+
+def cleaned(folder: Path, count: int, size: int) -> RenderableType:
+    """Show what was removed from the cache of kernels."""
+    libraries = "library" if count == 1 else "libraries"
+    return Text(f"removed {count} {libraries} ({_kib(size)}) from {folder}")
+
+
+def _kib(size: int) -> str:
+    return f"{size / 1024:.0f} KiB"
+
+
 def doctor_table(diagnosis: Diagnosis) -> RenderableType:
     """Show machine, packages, runtimes and tools."""
     rows: dict[str, Mapping[str, object]] = {
         "machine": diagnosis.machine,
         "packages": diagnosis.packages,
         "runtimes": diagnosis.runtimes,
+        "kernels": diagnosis.kernels,
         "tools": diagnosis.tools,
     }
     table = Table(box=None, pad_edge=False, show_header=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -75,7 +76,8 @@ def compiled(
             ) from err
         session = compile_with(None)  # if that fails too, it is not for the library
         if request.kernels != AUTO:
-            raise BackendError(f"The library {request.kernels} does not work here. {err}") from err
+            name = Path(request.kernels).name
+            raise BackendError(f"The library {name} does not work here. {err}") from err
         build.tell(f"{err} Merging runs in standard operators, which takes longer.")
         return session
 
@@ -92,6 +94,16 @@ def library(backend: Backend, request: Request) -> Path:
     if request.kernels == AUTO:
         return build.library(backend.name, backend.version())
     return Path(request.kernels)
+
+
+def cannot_load(backend: Backend, library: Path, err: Exception) -> str:
+    """Return the message for a library that a runtime refuses, with the system's own reason."""
+    last_line = str(err).strip().rpartition("\n")[2]
+    why = re.split(rf'{re.escape(str(library))}"?: ', last_line)[-1]
+    return (
+        f"{backend.name} {backend.version()} cannot load the kernels {library}: {why}. "
+        "`tomexport kernels build` builds them anew."
+    )
 
 
 def has_own_nodes(path: Path) -> bool:

@@ -91,13 +91,12 @@ class OnnxRuntime:
     def _options(self, library: Path | None) -> Any:
         options = need(self.module, self.extra).SessionOptions()
         options.log_severity_level = 3  # errors only
+        if library is None:
+            return options
         try:
-            if library:
-                options.register_custom_ops_library(str(library))
+            options.register_custom_ops_library(str(library))
         except Exception as err:
-            raise BackendError(
-                f"ONNX Runtime {self.version()} cannot load the kernels {library}: {plain(err)}."
-            ) from err
+            raise BackendError(fused.cannot_load(self, library, err)) from err
         return options
 
     def _compile(self, path: Path, request: Request, library: Path | None) -> _Session:

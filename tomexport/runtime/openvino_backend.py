@@ -97,13 +97,12 @@ class OpenVino:
 
     def _core(self, library: Path | None) -> Any:
         core = need(self.module, self.extra).Core()
+        if library is None:
+            return core
         try:
-            if library:
-                core.add_extension(str(library))
+            core.add_extension(str(library))
         except Exception as err:
-            raise BackendError(
-                f"OpenVINO {self.version()} cannot load the kernels {library}: {plain(err)}."
-            ) from err
+            raise BackendError(fused.cannot_load(self, library, err)) from err
         return core
 
     def _read(self, core: Any, path: Path, library: Path | None) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from tomexport.artifact import Array, Golden, Metadata
+from tomexport.runtime import fused
 from tomexport.runtime.backend import Backend, read_artifact
 from tomexport.runtime.load import Runner, choose, load
 
@@ -48,6 +50,7 @@ class Run:
 
     Attributes:
         backend, device, precision: what computed.
+        kernels: whether fused kernels did the merging, or standard operators.
         batch: images per call.
         gated: whether failing counts; lower precisions are only reported.
         images: images compared.
@@ -62,6 +65,7 @@ class Run:
     backend: str
     device: str
     precision: str
+    kernels: bool
     batch: int
     gated: bool
     images: int
@@ -77,6 +81,11 @@ class Run:
     def passed(self) -> bool:
         """Whether nothing that counts is wrong."""
         return not (self.gated and self.failures)
+
+    @property
+    def name(self) -> str:
+        """What computed, in words."""
+        return f"{self.backend} {self.precision} {'fused' if self.kernels else 'standard'}"
 
 
 @dataclass(frozen=True)
@@ -130,6 +139,7 @@ def verify(
     backend: str | None = None,
     device: str = "CPU",
     precision: str | None = None,
+    kernels: str | Path = fused.AUTO,
     golden: Golden | None = None,
     images: str = "golden set",
     progress: Callable[[str], None] = lambda message: None,
@@ -141,6 +151,8 @@ def verify(
         backend: the runtime; None takes all that are installed and read the file.
         device: where to run.
         precision: only this one; None takes float32, gated, and the runtime's default, reported.
+        kernels: "auto" compares fused kernels, where they can be had, and standard operators,
+            "off" standard operators only; or the path of a library to compare.
         golden: what PyTorch computed; None takes the file's own golden set.
         images: what to call the images of `golden`.
         progress: is told what is being compared.
@@ -154,9 +166,15 @@ def verify(
     golden = own if golden is None else golden
     gate = _HALF if metadata.half else _EXACT
     runs: list[Run] = []
-    for chosen in backends:
+    forms = _forms(path, fused.choice(kernels, device), device)
+    for chosen, form in itertools.product(backends, forms):
         for wanted in [precision] if precision else _precisions(chosen, device):
-            runner = load(path, chosen.name, device, None, wanted, extra_outputs=metadata.decisions)
+            runner = load(
+                path, chosen.name, device, None, wanted,
+                kernels=form, extra_outputs=metadata.decisions,
+            )  # fmt: skip
+            if form == fused.AUTO and len(forms) > 1 and not runner.kernels:
+                continue  # there are none: standard operators come next
             gated = runner.precision == "f32"
             if wanted is None and gated:
                 continue  # the default is float32, which was compared already
@@ -165,6 +183,15 @@ def verify(
                 progress(f"{chosen.name} {device} {runner.precision}, batch {batch}")
                 runs.append(_compare(runner, golden, metadata, batch, gate, gated))
     return VerifyReport(str(path), images, tuple(runs), _fidelity(golden, metadata.output))
+
+
+def _forms(path: Path, kernels: str | Path, device: str) -> tuple[str | Path, ...]:
+    """Return how to load a file: fused kernels and standard operators, or the one it can do."""
+    if not fused.has_own_nodes(path):
+        return (fused.OFF,)
+    if path.suffix == ".xml":
+        return (kernels,)
+    return (fused.OFF,) if kernels == fused.OFF or device != "CPU" else (kernels, fused.OFF)
 
 
 def _precisions(backend: Backend, device: str) -> list[str | None]:
@@ -201,6 +228,7 @@ def _compare(
         backend=runner.backend,
         device=runner.device,
         precision=runner.precision,
+        kernels=runner.kernels,
         batch=batch,
         gated=gated,
         images=len(output),
