@@ -178,8 +178,10 @@ def _make(target: Target, folder: Path, workspace: Path) -> Library:
     configure = [cmake, "-S", str(KERNELS / "native"), "-B", str(workspace), *_settings(target)]
     error = _first_error((configure, [cmake, "--build", str(workspace)]), folder / cache.LOG)
     path, size = folder / f"libtomexport_{target.runtime}", 0
-    if not error:
-        built = next(workspace.glob(f"{path.name}.*"))
+    built = next(workspace.glob(f"{path.name}.*"), None)
+    if not error and not built:
+        error = f"CMake finished without a {path.name}"
+    if built and not error:
         path = folder / built.name
         built.rename(path)
         path.chmod(0o700)
@@ -207,6 +209,7 @@ def _settings(target: Target) -> Iterator[str]:
     """Say what CMake is told beside its folders."""
     yield from ("-DCMAKE_BUILD_TYPE=Release", f"-DTOMEXPORT_RUNTIME={target.runtime}")
     yield f"-DTOMEXPORT_MARCH={target.march}"
+    yield "-DCMAKE_SKIP_RPATH=ON"  # no path of this machine: OpenVINO is loaded already
     if target.toolchain:
         yield f"-DCMAKE_TOOLCHAIN_FILE={target.toolchain.absolute()}"
         return
