@@ -37,15 +37,23 @@ class Cost:
         before: per token that enters the block (projections of the attention).
         pair: per pair of tokens that enter the block (the attention products).
         after: per token that leaves the reduction (the MLP).
+        query: the part of `before` that a token does without if nothing reads its result: query
+            and output projection, not key and value.
     """
 
     before: int
     pair: int
     after: int
+    query: int = 0
 
     def macs(self, tokens_in: int, tokens_out: int) -> int:
         """Return the MACs of a block that reduces between attention and MLP."""
         return self.before * tokens_in + self.pair * tokens_in**2 + self.after * tokens_out
+
+    def spared(self, tokens_in: int, tokens_out: int, n_read: int) -> int:
+        """Return the MACs of those that are spared if only n_read tokens are read afterwards."""
+        per_token = self.query + self.pair * tokens_in
+        return per_token * (tokens_in - n_read) + self.after * (tokens_out - n_read)
 
 
 @dataclass(frozen=True)
@@ -80,12 +88,14 @@ class ModelCost:
         sites: the calls of its blocks, in order.
         fixed: MACs that no token count changes (stem, classifier).
         pool: MACs per token that is left to pool.
+        n_read: how many tokens at the front the head reads; None if it reads all.
     """
 
     name: str
     sites: tuple[Site, ...]
     fixed: int
     pool: int = 0
+    n_read: int | None = None
 
 
 @dataclass(frozen=True)
@@ -253,6 +263,8 @@ class Plan:
         steps: one per site, in order.
         macs: multiply-accumulates per image: convolutions, linear layers and attention.
         macs_unreduced: the same for the original model.
+        macs_spared: how many of `macs` the file does not compute, because the head reads the class
+            token alone and so the last block computes no other. Exact; not the method's doing.
         notes: what the reader should know: capped, aligned or padded requests.
     """
 
@@ -263,6 +275,7 @@ class Plan:
     steps: tuple[Step, ...]
     macs: int
     macs_unreduced: int
+    macs_spared: int = 0
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -293,6 +306,9 @@ class Plan:
                 [site.cost.macs(site.tokens_first, site.tokens_first) for site in model.sites],
                 last.tokens_first,
             ),
+            macs_spared=0
+            if model.n_read is None
+            else last.cost.spared(steps[-1].tokens_in, steps[-1].tokens_out, model.n_read),
             notes=_notes(steps, schedule.padding(len(steps))),
         )
 

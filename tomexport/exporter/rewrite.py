@@ -81,6 +81,14 @@ class ReducedModel(nn.Module):
         """What comes out: "logits" or "features"."""
         return self._family.output(self.net)
 
+    def folded(self) -> ReducedModel:
+        """Return a copy that computes the same with fewer operations, for export."""
+        other = copy.copy(self)
+        other._modules = dict(self._modules)
+        other.net = private_copy(self.net)
+        self._family.fold(other.net)
+        return other
+
     def forward(self, image: Tensor) -> Tensor:
         """Compute the model on the reduced tokens."""
         return self._run(image, None)
@@ -94,14 +102,16 @@ class ReducedModel(nn.Module):
         family, method = self._family, self._method
         x = family.embed(self.net, image)  # (B, N, C)
         size: Tensor | None = None
-        for block, step in zip(family.blocks(self.net), self.plan.steps, strict=True):
-            x, signals = family.attention(block, x, size if self._prop_attn else None)
-            if step.removed:
+        calls = list(zip(family.blocks(self.net), self.plan.steps, strict=True))
+        for block, step in calls:
+            n_out = family.n_read(self.net) if step is calls[-1][1] else None
+            x, signals = family.attention(block, x, size if self._prop_attn else None, n_out)
+            if step.removed and n_out is None:
                 signal = method.signal(signals)
                 counts = {"r": step.removed, "n_prefix": self.plan.n_prefix}
                 before = x.new_ones(1, step.tokens_in, 1) if size is None else size
                 x, size, target = method.operator(x, before, signal, **counts)
-                if decisions is not None:
+                if decisions is not None and target is not None:
                     margin = method.operator.margin(signal, **counts)
                     decisions.append(Decision(target, margin))
             x = family.mlp(block, x)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import onnx_ir as ir
 import torch
 from onnx_ir.passes import common as passes
+from onnxscript import opset18 as op18
+from onnxscript.optimizer import fold_constants
 
 from tomexport.artifact import DOMAIN
 from tomexport.errors import ExportError, pick, plain
@@ -18,6 +22,9 @@ from tomexport.exporter.rewrite import ReducedModel
 from tomexport.kernels.operators import OPERATORS
 
 INPUT_NAME = "image"
+_ANY_SIZE = 2**40
+_GELU_OPSET = 20  # the first with an operator for it
+_ROOT_2, _ROOT_2_OVER_PI = math.sqrt(2), math.sqrt(2 / math.pi)
 _IR_VERSION = 10  # the first with overloads, which give each site a body of its own
 
 
@@ -37,7 +44,7 @@ def to_onnx(
 
     Raises: ExportError if PyTorch cannot trace or convert the model.
     """
-    graph_model = _trace(model, batch, opset)
+    graph_model = _trace(model.folded(), batch, opset)
     decisions = _attach_bodies(graph_model, opset)
     if portable:
         passes.InlinePass()(graph_model)
@@ -50,6 +57,17 @@ def to_onnx(
     graph_model.producer_name = DOMAIN
     _require_static(graph_model, batch)
     return graph_model, decisions
+
+
+def _gelu(x: Any, approximate: str = "none") -> Any:
+    """GELU as ½·(x·(1 + erf(x/√2))): in this order, both runtimes fuse it into one operation."""
+    if approximate == "tanh":
+        inner = op18.Tanh(_ROOT_2_OVER_PI * (x + 0.044715 * (x * x * x)))
+        return 0.5 * (x * (1.0 + inner))
+    return 0.5 * (x * (op18.Erf(x / _ROOT_2) + 1.0))
+
+
+_TRANSLATIONS: dict[Any, Any] = {torch.ops.aten.gelu.default: _gelu}
 
 
 def _trace(model: ReducedModel, batch: int | None, opset: int) -> ir.Model:
@@ -67,6 +85,7 @@ def _trace(model: ReducedModel, batch: int | None, opset: int) -> ir.Model:
                 output_names=[model.output],
                 dynamic_shapes=dynamic,
                 external_data=False,
+                custom_translation_table=_TRANSLATIONS if opset < _GELU_OPSET else None,
                 verbose=False,
             )
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as err:
@@ -77,6 +96,8 @@ def _trace(model: ReducedModel, batch: int | None, opset: int) -> ir.Model:
     if program is None:
         raise ExportError(f"PyTorch {torch.__version__} returned no ONNX program for this model.")
     graph_model = program.model
+    with _quiet():
+        fold_constants(graph_model, input_size_limit=_ANY_SIZE, output_size_limit=_ANY_SIZE)
     passes.ClearMetadataAndDocStringPass()(graph_model)
     return graph_model
 

@@ -7,7 +7,8 @@ Modifications to timm's forward, all of them exact while nothing has merged:
 - the block is split between attention and MLP, where tokens merge;
 - keys are handed out before qk-norm, where ToMe takes them;
 - attention adds log(size) to the scores of each key (proportional attention);
-- average pooling is weighted by size, attention pooling adds log(size) to its scores.
+- average pooling is weighted by size, attention pooling adds log(size) to its scores;
+- where only the class token is read, the last block computes no other.
 """
 
 from __future__ import annotations
@@ -78,6 +79,28 @@ def _prepare(model: Any) -> None:
         model.attn_pool.fused_attn = False  # the fused form does not export with a size bias
 
 
+def _fold(model: Any) -> None:
+    for block in model.blocks:
+        attn = block.attn
+        if isinstance(attn.q_norm, nn.Identity):
+            rows = torch.ones(attn.qkv.out_features)
+            rows[: attn.attn_dim] = attn.scale
+            _scale_rows(attn.qkv, rows)
+            attn.scale = 1.0
+        for layer_scale, owner, last in (("ls1", attn, "proj"), ("ls2", block.mlp, "fc2")):
+            gamma = getattr(getattr(block, layer_scale), "gamma", None)
+            if gamma is not None and isinstance(getattr(owner, last, None), nn.Linear):
+                _scale_rows(getattr(owner, last), gamma)
+                setattr(block, layer_scale, nn.Identity())
+
+
+def _scale_rows(linear: nn.Linear, factors: Tensor) -> None:
+    """Replace the weights, which may be shared, by scaled ones."""
+    linear.weight = nn.Parameter(linear.weight.detach() * factors[:, None])
+    if linear.bias is not None:
+        linear.bias = nn.Parameter(linear.bias.detach() * factors)
+
+
 def _linear_macs(module: nn.Module | None) -> int:
     """MACs per token of all linear layers of a module."""
     layers = module.modules() if module is not None else ()
@@ -99,6 +122,7 @@ def _cost(model: Any, name: str) -> ModelCost:
                 before=_linear_macs(block.attn),
                 pair=2 * block.attn.attn_dim,
                 after=_linear_macs(block.mlp),
+                query=_linear_macs(block.attn) - 2 * _linear_macs(block.attn.qkv) // 3,
             ),
         )
         for index, block in enumerate(model.blocks)
@@ -110,7 +134,7 @@ def _cost(model: Any, name: str) -> ModelCost:
         n_latent = attn_pool.latent_len
         pool = _linear_macs(attn_pool.kv) + 2 * n_latent * attn_pool.kv.in_features
         fixed += n_latent * (_linear_macs(attn_pool) - _linear_macs(attn_pool.kv))
-    return ModelCost(name, sites, fixed, pool)
+    return ModelCost(name, sites, fixed, pool, _n_read(model))
 
 
 def _input_shape(model: Any) -> tuple[int, int, int]:
@@ -122,6 +146,12 @@ def _output(model: Any) -> str:
     return "features" if isinstance(model.head, nn.Identity) else "logits"
 
 
+def _n_read(model: Any) -> int | None:
+    if model.global_pool != "token":
+        return None
+    return 1 if getattr(model, "head_dist", None) is None else 2
+
+
 def _embed(model: Any, image: Tensor) -> Tensor:
     x = model._pos_embed(model.patch_embed(image))  # (B, N, C)
     return cast(Tensor, model.norm_pre(x))
@@ -131,36 +161,49 @@ def _blocks(model: Any) -> Sequence[nn.Module]:
     return tuple(model.blocks)
 
 
-def _attention(block: Any, x: Tensor, size: Tensor | None) -> tuple[Tensor, Signals]:
+def _attention(
+    block: Any, x: Tensor, size: Tensor | None, n_out: int | None
+) -> tuple[Tensor, Signals]:
     attn = block.attn
-    n_batch, n, _ = x.shape
     h = block.norm1(x)
-    q, k, v = (
-        part.reshape(n_batch, n, attn.num_heads, attn.head_dim)
-        for part in attn.qkv(h).split(attn.attn_dim, dim=-1)
-    )  # (B, N, H, D)
-    bias = None if size is None else size.log().reshape(n_batch, 1, 1, n)
-    out = _attend(attn.q_norm(q), attn.k_norm(k), v, bias, attn.scale)  # (B, N, H·D)
-    out = attn.norm(out)
+    q, k, v = _project(attn, h, n_out)  # (B, H, N, D), but q (B, H, n_out, D)
+    bias = None if size is None else size.log().reshape(-1, 1, 1, x.shape[1])
+    out = attn.norm(_attend(attn.q_norm(q), attn.k_norm(k), v, bias, attn.scale))
+    x, h = x[:, :n_out], h[:, :n_out]
     if attn.gate is not None:
         out = out * attn.gate(h).sigmoid()
-    out = attn.proj(out)
-    return x + block.ls1(out), Signals(keys=k)
+    return x + block.ls1(attn.proj(out)), Signals(keys=k)
+
+
+def _project(attn: Any, h: Tensor, n_out: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute queries, keys and values; queries of the first n_out tokens only, unless None."""
+    if n_out is None:
+        q, k, v = _heads(attn.qkv(h), attn).split(attn.num_heads, dim=1)
+        return q, k, v
+    weight, bias, dim = attn.qkv.weight, attn.qkv.bias, attn.attn_dim
+    q_bias, kv_bias = (None, None) if bias is None else (bias[:dim], bias[dim:])
+    q = _heads(functional.linear(h[:, :n_out], weight[:dim], q_bias), attn)
+    kv = _heads(functional.linear(h, weight[dim:], kv_bias), attn)
+    k, v = kv.split(attn.num_heads, dim=1)
+    return q, k, v
+
+
+def _heads(x: Tensor, attn: Any) -> Tensor:
+    """(B, N, heads·D) → (B, heads, N, D): one transposition, after which a split is a view."""
+    return x.unflatten(2, (-1, attn.head_dim)).transpose(1, 2)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """Softmax attention, (B, N, H, D) each; bias (B, 1, 1, N) is added to the scores of each key.
+    """Softmax attention, (B, H, N, D) each → (B, N, H·D); bias (B, 1, 1, N) is of each key.
 
     Fused in PyTorch; written out for export, where the fused form with a bias fails (torch 2.13).
     """
     if torch.onnx.is_in_onnx_export():
-        scores = (q.transpose(1, 2) * scale) @ k.permute(0, 2, 3, 1)  # (B, H, N, N)
+        scores = (q if scale == 1 else q * scale) @ k.mT  # (B, H, N, N)
         scores = scores if bias is None else scores + bias
-        out = scores.softmax(dim=-1) @ v.transpose(1, 2)
+        out = scores.softmax(dim=-1) @ v
     else:
-        out = functional.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=bias
-        )  # (B, H, N, D)
+        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     return out.transpose(1, 2).flatten(2)
 
 
@@ -190,9 +233,11 @@ VIT = Family(
     accepts=_accepts,
     refusal=_refusal,
     prepare=_prepare,
+    fold=_fold,
     cost=_cost,
     input_shape=_input_shape,
     output=_output,
+    n_read=_n_read,
     embed=_embed,
     blocks=_blocks,
     attention=_attention,

@@ -18,14 +18,14 @@ from tomexport.kernels.operators import MERGE
 from tomexport.plan import two_set_limit
 
 
-def _mean_key(signals: Signals) -> Tensor:
-    return signals.keys.mean(dim=2)  # (B, N, H, D) → (B, N, D)
+def _keys(signals: Signals) -> Tensor:
+    return signals.keys  # (B, H, N, D); the operator averages over the heads
 
 
 TOME = Method(
     name="tome",
     needs=("keys",),
     limit=two_set_limit,
-    signal=_mean_key,
+    signal=_keys,
     operator=MERGE,
 )

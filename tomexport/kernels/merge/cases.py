@@ -17,26 +17,28 @@ class Case:
     n_prefix: int
     batch: int = 1
     dim: int = 16
+    groups: int = 1
     channels: int = 24
     ties: str = "none"  # "none", "some": few distinct directions, "all": one direction
 
     @property
     def name(self) -> str:
-        return f"n{self.n}-r{self.r}-p{self.n_prefix}-b{self.batch}-ties_{self.ties}"
+        return f"n{self.n}-r{self.r}-p{self.n_prefix}-b{self.batch}-g{self.groups}-ties_{self.ties}"
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return x (B,N,C), size (B,N,1) and metric (B,N,D)."""
+        """Return x (B,N,C), size (B,N,1) and signal (B,G,N,D)."""
         generator = torch.Generator().manual_seed(self.n * 1009 + self.r * 31 + self.n_prefix)
         x = torch.randn(self.batch, self.n, self.channels, generator=generator)
         size = torch.randint(1, 9, (self.batch, self.n, 1), generator=generator).float()
-        metric = torch.randn(self.batch, self.n, self.dim, generator=generator)
+        shape = (self.batch, self.groups, self.n, self.dim)
+        signal = torch.randn(shape, generator=generator)
         if self.ties != "none":
             # signs have the exact length √D: every similarity is exact, so ties are true ties
             n_directions = 4 if self.ties == "some" else 1
-            signs = metric[:, :n_directions].sign()
+            signs = signal[:, :1, :n_directions].sign().expand(-1, self.groups, -1, -1)
             which = torch.randint(n_directions, (self.n,), generator=generator)
-            metric = signs[:, which]
-        return x, size, metric
+            signal = signs[:, :, which]
+        return x, size, signal
 
 
 def cases() -> list[Case]:
@@ -44,7 +46,11 @@ def cases() -> list[Case]:
     most = [Case(n, (n - p) // 2, p) for n, p in ((197, 1), (198, 2), (196, 0), (201, 5), (21, 1))]
     return [
         Case(197, 8, 1),
-        Case(197, 16, 1, batch=3),
+        Case(197, 16, 1, batch=3, groups=3, dim=64),
+        Case(50, 12, 1, groups=2, dim=7, channels=5),
+        Case(197, 0, 1, batch=3),
+        Case(1, 0, 0),
+        Case(1, 0, 1),
         Case(198, 13, 2, batch=3),
         Case(196, 8, 0, batch=3),
         Case(201, 8, 5),

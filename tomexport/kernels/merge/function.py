@@ -17,10 +17,10 @@ from tomexport.kernels.merge.reference import parities
 
 
 def merge(
-    op: Any, x: ir.Value, size: ir.Value, metric: ir.Value, *, n: int, r: int, n_prefix: int
+    op: Any, x: ir.Value, size: ir.Value, signal: ir.Value, *, n: int, r: int, n_prefix: int
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
     """Trace the body for one site of n tokens. Shapes as in the package's docstring."""
-    target = _match(op, metric, n, r, n_prefix)
+    target = _match(op, signal, n, r, n_prefix)
     # (B, M, N): 1 where the token of the column goes to the slot of the row
     one_hot = op.OneHot(target, [n - r], [0.0, 1.0], axis=1)
     merged_size = op.MatMul(one_hot, size)  # (B, M, 1)
@@ -28,12 +28,13 @@ def merge(
     return merged, merged_size, target
 
 
-def _match(op: Any, metric: ir.Value, n: int, r: int, n_prefix: int) -> ir.Value:
+def _match(op: Any, signal: ir.Value, n: int, r: int, n_prefix: int) -> ir.Value:
     first_a, first_b = parities(n_prefix)
     n_a, n_b = len(range(first_a, n, 2)), len(range(first_b, n, 2))
     index = np.arange(n_a)
     first_b_slot = n_prefix + n_a - r
 
+    metric = op.ReduceMean(signal, [1], keepdims=0)  # (B, N, D)
     direction = op.Div(metric, op.ReduceL2(metric, [-1], keepdims=1))
     set_a = op.Slice(direction, [first_a], [n], [1], [2])
     set_b = op.Slice(direction, [first_b], [n], [1], [2])

@@ -14,21 +14,22 @@ def parities(n_prefix: int) -> tuple[int, int]:
     return n_prefix + n_prefix % 2, n_prefix + 1 - n_prefix % 2
 
 
-def _scores(metric: Float[Tensor, "B N D"], n_prefix: int) -> Float[Tensor, "B A O"]:
-    """Cosine similarity of every token of A with every token of B."""
+def _scores(signal: Float[Tensor, "B G N D"], n_prefix: int) -> Float[Tensor, "B A O"]:
+    """Cosine similarity of every token of A with every token of B; −∞ where there is none."""
     first_a, first_b = parities(n_prefix)
-    metric = metric.float()
+    metric = signal.float().mean(dim=1)  # (B, N, D)
     direction = metric / metric.norm(dim=-1, keepdim=True)
-    scores: Tensor = direction[:, first_a::2] @ direction[:, first_b::2].mT  # (B, |A|, |B|)
-    return scores
+    scores = direction[:, first_a::2] @ direction[:, first_b::2].mT  # (B, |A|, |B|)
+    return scores.nan_to_num(nan=-torch.inf)
 
 
-def match(metric: Float[Tensor, "B N D"], r: int, n_prefix: int) -> Int[Tensor, "B N"]:
+def match(signal: Float[Tensor, "B G N D"], r: int, n_prefix: int) -> Int[Tensor, "B N"]:
     """Match the r most redundant tokens of A to their nearest token of B.
 
     Args:
-        metric: what similarity is measured on; for ToMe the keys, averaged over the heads.
-        r: tokens to remove, 1 .. (N − n_prefix) // 2.
+        signal: what similarity is measured on, averaged over its groups; for ToMe the keys, a
+            group for each head.
+        r: tokens to remove, 0 .. (N − n_prefix) // 2.
         n_prefix: tokens at the front that stay as they are.
 
     Returns:
@@ -36,13 +37,16 @@ def match(metric: Float[Tensor, "B N D"], r: int, n_prefix: int) -> Int[Tensor, 
 
     Raises: PlanError if r is out of its range.
     """
-    n, device = metric.shape[1], metric.device
-    if not 1 <= r <= (n - n_prefix) // 2:
+    n_batch, _, n, _ = signal.shape
+    device = signal.device
+    if not 0 <= r <= (n - n_prefix) // 2:
         raise PlanError(
-            f"Of {n} tokens with {n_prefix} protected, two-set matching can merge 1 to "
+            f"Of {n} tokens with {n_prefix} protected, two-set matching can merge 0 to "
             f"{(n - n_prefix) // 2}, not {r}."
         )
-    best, partner = _scores(metric, n_prefix).max(dim=-1)  # (B, |A|); the first maximum wins
+    if r == 0:
+        return torch.arange(n, device=device).expand(n_batch, n)
+    best, partner = _scores(signal, n_prefix).max(dim=-1)  # (B, |A|); the first maximum wins
     order = best.argsort(dim=-1, descending=True, stable=True)
     sources, kept = order[:, :r], order[:, r:]
     if n_prefix:
@@ -55,23 +59,23 @@ def match(metric: Float[Tensor, "B N D"], r: int, n_prefix: int) -> Int[Tensor, 
     slots.scatter_(1, sources, first_b_slot + partner.gather(1, sources))
 
     first_a, first_b = parities(n_prefix)
-    target = slots.new_empty(metric.shape[:2])  # (B, N)
+    target = slots.new_empty(n_batch, n)
     target[:, :n_prefix] = torch.arange(n_prefix, device=device)
     target[:, first_a::2] = slots
     target[:, first_b::2] = torch.arange(first_b_slot, n - r, device=device)
     return target
 
 
-def margin(metric: Float[Tensor, "B N D"], r: int, n_prefix: int) -> Float[Tensor, " B"]:
+def margin(signal: Float[Tensor, "B G N D"], r: int, n_prefix: int) -> Float[Tensor, " B"]:
     """Return how far the nearest other decision is, in units of cosine similarity.
 
     A form whose scores are off by less than half of this must decide the same.
     """
-    scores = _scores(metric, n_prefix)
+    scores = _scores(signal, n_prefix)
     ranked = scores.max(dim=-1).values.sort(dim=-1, descending=True)
     gaps = ranked.values[:, :-1] - ranked.values[:, 1:]  # (B, |A|−1): rank i from rank i + 1
     deciding = gaps[:, r - 1 : r] if n_prefix else gaps[:, r - 1 :]  # kept tokens are ranked too
-    result = scores.new_full((metric.shape[0],), torch.inf)
+    result = scores.new_full((signal.shape[0],), torch.inf)
     if deciding.shape[1]:
         result = torch.minimum(result, deciding.amin(dim=-1))
     if scores.shape[2] > 1:
@@ -84,7 +88,7 @@ def margin(metric: Float[Tensor, "B N D"], r: int, n_prefix: int) -> Float[Tenso
 def merge(
     x: Float[Tensor, "B N C"],
     size: Float[Tensor, "S N 1"],
-    metric: Float[Tensor, "B N D"],
+    signal: Float[Tensor, "B G N D"],
     *,
     r: int,
     n_prefix: int,
@@ -94,14 +98,14 @@ def merge(
     Args:
         x: tokens.
         size: how many original tokens each stands for; S is B, or 1 where all images agree.
-        metric: see `match`.
+        signal: see `match`.
         r: tokens to remove.
         n_prefix: protected tokens at the front.
 
     Returns:
         The tokens that are left, their sizes, and the slot that each token went to.
     """
-    target = match(metric, r, n_prefix)
+    target = match(signal, r, n_prefix)
     n_batch, n, n_channels = x.shape
     size = size.expand(n_batch, n, 1)
     slot = target[:, :, None]  # (B, N, 1)
