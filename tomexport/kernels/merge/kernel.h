@@ -2,7 +2,7 @@
 //
 //   directions  sum the groups of each token's signal, scale to length 1; B lies in panels
 //   match       register tiles of A x B with a running maximum for each row of A
-//   choose      the r best rows of A, by selection; slots and sizes
+//   choose      the r best rows of A, by their r-th best score; slots and sizes
 //   reduce      one pass over x; a slot of one token is a copy
 //
 // Napkin for N = 197, C = 192, D = 64 at 32 multiply-adds a cycle: `match` is 0.7 M of them, 22 k
@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 #include <limits>
 
 #include "operator.h"
@@ -29,56 +30,71 @@ class Merge {
 
     // Why it cannot be computed for so many tokens, or nullptr.
     const char *refusal(std::int64_t n_tokens) const {
-        if (n_tokens > std::numeric_limits<std::int32_t>::max()) return "there are 2^31 tokens or more";
+        if (n_tokens > std::numeric_limits<std::int32_t>::max()) return "2^31 tokens or more";
         if (r_ < 0 || prefix_ < 0 || prefix_ > n_tokens || r_ > (n_tokens - prefix_) / 2)
             return "r must be 0 to half of the tokens after the prefix";
         return nullptr;
     }
 
     // Computes image `index` of a call.
-    void run(const Call &call, std::int64_t index, const Threads &threads) const {
+    template <class T>
+    void run(const Call<T> &call, std::int64_t index, const Threads &threads) const {
         thread_local Workspace workspace;
-        const Image m = layout(call, index, workspace);
+        const Image<T> m = layout(call, index, workspace);
         if (r_ == 0) return identity(m);
-        directions(m, threads);
-        match(m, threads);
-        choose(m);
-        reduce(m, threads);
+        const std::size_t n_tiles = static_cast<std::size_t>(m.rows / kRows);
+        const std::size_t n_members = std::min(threads.most(), n_tiles);
+        Team team(n_members);
+        threads.run(n_members, [&](std::size_t member) {
+            const auto each = [&](int phase, std::int64_t count, std::int64_t grain, const auto &f) {
+                team.phase(phase, member, count, grain, [&f](std::int64_t begin, std::int64_t end) {
+                    for (; begin < end; ++begin) f(begin);
+                });
+            };
+            each(0, (std::max(m.rows, m.columns) + kLanes - 1) / kLanes, 1, [&](std::int64_t i) { fill(m, i * kLanes); });
+            each(1, m.rows / kRows, 1, [&](std::int64_t i) { match_rows(m, i * kRows); });
+            each(2, 1, 1, [&](std::int64_t) { choose(m); });
+            each(3, m.n - r_, kSlots, [&](std::int64_t slot) { reduce_slot(m, slot); });
+        });
     }
 
   private:
     // A tile is kRows rows of A by a panel of B, which is kVectors vectors of columns.
     static constexpr int kRows = kRegisters >= 32 ? 8 : 6, kVectors = 2;
     static constexpr std::int64_t kColumns = kVectors * kLanes;
+    static constexpr std::int64_t kSlots = 16;  // slots that are reduced as one piece of work
 
     std::int64_t r_, prefix_;
 
-    struct Image {
+    template <class T> struct Image {
         std::int64_t n, channels, groups, dims;
-        std::int64_t width;             // D rounded up to whole vectors
-        std::int64_t first_a, first_b;  // A is first_a, first_a + 2, …; B likewise
-        std::int64_t n_a, n_b, slot_b;  // |A|, |B|, the first slot of B
-        const float *x, *size, *signal;
-        float *x_out, *size_out;
+        std::int64_t first_a, first_b;       // A is first_a, first_a + 2, …; B likewise
+        std::int64_t n_a, n_b, slot_b;       // |A|, |B|, the first slot of B
+        std::int64_t rows, columns, width;   // |A|, |B|, D rounded up to tiles, panels, vectors
+        const T *x, *signal;
+        const float *size;
+        T *x_out;
+        float *size_out;
         std::int64_t *target;
-        float *a, *b;           // directions: (rows, width) and (panels, width, kColumns)
-        float *row;             // (panels, width) a token of each panel on its way there
+        float *a, *b;           // directions: (rows, width) and (columns / kColumns, D, kColumns)
+        float *row;             // (columns / lanes, width) a token on its way into its panel
         float *best;            // (rows) the largest similarity of each row of A
         std::int32_t *partner;  // (rows) the column of B where it is
-        std::uint64_t *rank;    // (|A|) sort keys
+        std::uint32_t *rank;    // (|A| rounded up to vectors) sort keys, ascending is better
         std::int32_t *first;    // (M) the token that a slot begins with
         std::int32_t *next;     // (N) the token that shares its slot and comes after it, or −1
     };
 
     static std::int64_t up(std::int64_t n, std::int64_t step) { return (n + step - 1) / step * step; }
 
-    Image layout(const Call &c, std::int64_t index, Workspace &workspace) const {
-        Image m{};
-        m.n = c.n_tokens, m.channels = c.n_channels, m.groups = c.n_groups;
-        m.dims = c.n_dims, m.width = up(m.dims, kLanes);
+    template <class T>
+    Image<T> layout(const Call<T> &c, std::int64_t index, Workspace &workspace) const {
+        Image<T> m{};
+        m.n = c.n_tokens, m.channels = c.n_channels, m.groups = c.n_groups, m.dims = c.n_dims;
         m.first_a = prefix_ + prefix_ % 2, m.first_b = prefix_ + 1 - prefix_ % 2;
         m.n_a = (m.n - m.first_a + 1) / 2, m.n_b = (m.n - m.first_b + 1) / 2;
         m.slot_b = prefix_ + m.n_a - r_;
+        m.rows = up(m.n_a, kRows), m.columns = up(m.n_b, kColumns), m.width = up(m.dims, kLanes);
         const std::int64_t n_out = m.n - r_;
         m.x = c.x + index * m.n * m.channels;
         m.size = c.size + (c.one_size ? 0 : index * m.n);
@@ -88,22 +104,24 @@ class Merge {
         m.target = c.target + index * m.n;
         if (r_ == 0) return m;
 
-        const std::int64_t rows = up(m.n_a, kRows), columns = up(m.n_b, kColumns);
-        const std::int64_t n_floats = (rows + columns + columns / kColumns) * m.width + rows;
-        workspace.reserve(n_floats * sizeof(float) + (rows + n_out + m.n) * sizeof(std::int32_t) +
-                          m.n_a * sizeof(std::uint64_t), 8);
-        m.a = workspace.take<float>(rows * m.width);
-        m.b = workspace.take<float>(columns * m.width);
-        m.row = workspace.take<float>(columns / kColumns * m.width);
-        m.best = workspace.take<float>(rows);
-        m.partner = workspace.take<std::int32_t>(rows);
-        m.rank = workspace.take<std::uint64_t>(m.n_a);
-        m.first = workspace.take<std::int32_t>(n_out);
-        m.next = workspace.take<std::int32_t>(m.n);
+        const std::int64_t n_rank = up(m.n_a, kLanes);
+        const std::int64_t counts[] = {m.rows * m.width, m.columns * m.dims, m.columns / kLanes * m.width,
+                                       m.rows, m.rows, n_rank, n_out, m.n};
+        std::int64_t total = 0;
+        for (std::int64_t count : counts) total += count;
+        workspace.reserve(static_cast<std::size_t>(total) * 4, std::size(counts));
+        m.a = workspace.take<float>(counts[0]);
+        m.b = workspace.take<float>(counts[1]);
+        m.row = workspace.take<float>(counts[2]);
+        m.best = workspace.take<float>(counts[3]);
+        m.partner = workspace.take<std::int32_t>(counts[4]);
+        m.rank = workspace.take<std::uint32_t>(counts[5]);
+        m.first = workspace.take<std::int32_t>(counts[6]);
+        m.next = workspace.take<std::int32_t>(counts[7]);
         return m;
     }
 
-    static void identity(const Image &m) {
+    template <class T> static void identity(const Image<T> &m) {
         std::copy_n(m.x, m.n * m.channels, m.x_out);
         std::copy_n(m.size, m.n, m.size_out);
         for (std::int64_t i = 0; i < m.n; ++i) m.target[i] = i;
@@ -111,18 +129,10 @@ class Merge {
 
     // --- directions
 
-    static void directions(const Image &m, const Threads &threads) {
-        threads.split(up(m.n_b, kColumns), kColumns, [&m](std::int64_t begin, std::int64_t end) {
-            for (; begin < end; begin += kColumns) fill_panel(m, begin);
-        });
-        threads.split(up(m.n_a, kRows), 6 * kRows, [&m](std::int64_t begin, std::int64_t end) {
-            for (; begin < end; ++begin) fill_row(m, begin);
-        });
-    }
-
-    // The sum of the groups has the direction of their mean. Writes it, and zeros up to whole vectors.
-    static void sum_groups(const Image &m, std::int64_t token, float *out) {
-        const float *in = m.signal + token * m.dims;
+    // The sum of the groups has the direction of their mean. Writes it, and zeros up to `width`.
+    template <class T>
+    static void sum_groups(const Image<T> &m, std::int64_t token, float *out) {
+        const T *in = m.signal + token * m.dims;
         const std::int64_t plane = m.n * m.dims;
         std::int64_t d = 0;
         for (; d + kLanes <= m.dims; d += kLanes) {
@@ -132,11 +142,30 @@ class Merge {
         }
         for (; d < m.width; ++d) {
             out[d] = 0.f;
-            for (std::int64_t g = 0; d < m.dims && g < m.groups; ++g) out[d] += in[g * plane + d];
+            for (std::int64_t g = 0; d < m.dims && g < m.groups; ++g)
+                out[d] += load_one(in + g * plane + d);
         }
     }
 
-    static void fill_row(const Image &m, std::int64_t row) {
+    // Rows of A and columns of B from `first` on, as many as a vector has lanes; neighbours in memory.
+    template <class T> static void fill(const Image<T> &m, std::int64_t first) {
+        float *panel = m.b + first / kColumns * kColumns * m.dims + first % kColumns;
+        for (std::int64_t i = first; i < first + kLanes; ++i) {
+            if (i < m.rows) fill_row(m, i);
+            if (i < m.columns) fill_column(m, i, panel + i - first);
+        }
+        if (first >= m.columns) return;
+        Floats scale{};
+        for (std::int64_t d = 0; d < m.dims; ++d) {
+            const Floats values = load(panel + d * kColumns);
+            scale += values * values;
+        }
+        for (int lane = 0; lane < kLanes; ++lane) scale[lane] = 1.f / std::sqrt(scale[lane]);
+        for (float *end = panel + m.dims * kColumns; panel < end; panel += kColumns)
+            store(panel, load(panel) * scale);
+    }
+
+    template <class T> static void fill_row(const Image<T> &m, std::int64_t row) {
         float *out = m.a + row * m.width;
         sum_groups(m, m.first_a + 2 * std::min(row, m.n_a - 1), out);
         Floats squares{};
@@ -145,46 +174,22 @@ class Merge {
         for (std::int64_t d = 0; d < m.width; d += kLanes) store(out + d, load(out + d) * scale);
     }
 
-    static void fill_panel(const Image &m, std::int64_t column) {
-        float *panel = m.b + column * m.width, *row = m.row + column / kColumns * m.width;
-        for (std::int64_t lane = 0; lane < kColumns; ++lane) {
-            sum_groups(m, m.first_b + 2 * std::min(column + lane, m.n_b - 1), row);
-            for (std::int64_t d = 0; d < m.dims; ++d) panel[d * kColumns + lane] = row[d];
-        }
-        Floats scale[kVectors] = {};
-        const std::int64_t size = m.dims * kColumns;
-        for (std::int64_t i = 0; i < size; i += kColumns)
-            for (int v = 0; v < kVectors; ++v) {
-                const Floats values = load(panel + i + v * kLanes);
-                scale[v] += values * values;
-            }
-        for (int v = 0; v < kVectors; ++v)
-            for (int lane = 0; lane < kLanes; ++lane) scale[v][lane] = 1.f / std::sqrt(scale[v][lane]);
-        for (std::int64_t i = 0; i < size; i += kColumns)
-            for (int v = 0; v < kVectors; ++v) {
-                float *at = panel + i + v * kLanes;
-                store(at, load(at) * scale[v]);
-            }
+    template <class T>
+    static void fill_column(const Image<T> &m, std::int64_t column, float *out) {
+        float *row = m.row + column / kLanes * m.width;
+        sum_groups(m, m.first_b + 2 * std::min(column, m.n_b - 1), row);
+        for (std::int64_t d = 0; d < m.dims; ++d) out[d * kColumns] = row[d];
     }
 
     // --- match
 
-    static void match(const Image &m, const Threads &threads) {
-        threads.split(up(m.n_a, kRows), 2 * kRows, [&m](std::int64_t begin, std::int64_t end) {
-            for (std::int64_t row = begin; row < end; row += kRows) match_rows(m, row);
-        });
-    }
-
-    static void match_rows(const Image &m, std::int64_t row) {
+    template <class T> static void match_rows(const Image<T> &m, std::int64_t row) {
         Floats best[kRows];
-        Ints partner[kRows];
-        for (int i = 0; i < kRows; ++i) {
-            best[i] = Floats{} - std::numeric_limits<float>::infinity();
-            partner[i] = Ints{};
-        }
+        Ints partner[kRows] = {};
+        for (Floats &b : best) b = Floats{} - std::numeric_limits<float>::infinity();
         for (std::int64_t column = 0; column < m.n_b; column += kColumns) {
-            if (m.n_b - column > kLanes) tile<kVectors>(m, row, column, best, partner);
-            else tile<1>(m, row, column, best, partner);
+            const bool wide = m.n_b - column > kLanes;
+            (wide ? tile<kVectors, T> : tile<1, T>)(m, row, column, best, partner);
         }
         for (int i = 0; i < kRows; ++i) {
             float value = best[i][0];
@@ -197,10 +202,11 @@ class Merge {
         }
     }
 
-    // A score that is NaN is never above the best, so it counts as lower than all others.
-    template <int V> static void tile(const Image &m, std::int64_t row, std::int64_t column,
-                                      Floats *best, Ints *partner) {
-        const float *a = m.a + row * m.width, *b = m.b + column * m.width;
+    // A score that is NaN is not above −∞, so it counts as lower than every number.
+    template <int V, class T>
+    static void tile(const Image<T> &m, std::int64_t row, std::int64_t column, Floats *best,
+                     Ints *partner) {
+        const float *a = m.a + row * m.width, *b = m.b + column * m.dims;
         Floats scores[kRows][V] = {};
         for (std::int64_t d = 0; d < m.dims; ++d, b += kColumns) {
             Floats columns[V];
@@ -211,7 +217,7 @@ class Merge {
         for (int v = 0; v < V; ++v) {
             Ints index;
             for (int lane = 0; lane < kLanes; ++lane)
-                index[lane] = static_cast<std::int32_t>(column + v * kLanes + lane);
+                index[lane] = static_cast<std::int32_t>(column) + v * kLanes + lane;
             const Ints exists = index < static_cast<std::int32_t>(m.n_b);
             for (int i = 0; i < kRows; ++i) {
                 const Ints better = (scores[i][v] > best[i]) & exists;
@@ -223,41 +229,63 @@ class Merge {
 
     // --- choose
 
-    void choose(const Image &m) const {
-        for (std::int64_t i = 0; i < m.n_a; ++i)
-            m.rank[i] = descending(m.best[i]) << 32 | static_cast<std::uint64_t>(i);
-        if (r_ < m.n_a) std::nth_element(m.rank, m.rank + r_, m.rank + m.n_a);
+    template <class T> void choose(const Image<T> &m) const {
+        const std::int64_t n_rank = up(m.n_a, kLanes);
+        for (std::int64_t i = 0; i < m.n_a; ++i) m.rank[i] = descending(m.best[i]);
+        std::fill(m.rank + m.n_a, m.rank + n_rank, std::numeric_limits<std::uint32_t>::max());
+        const std::uint32_t last = smallest(m.rank, n_rank, r_);
+        std::int64_t n_ties = r_;  // how many of those at `last` merge: the first ones
+        for (std::int64_t i = 0; i < m.n_a; ++i) n_ties -= m.rank[i] < last;
+
         std::fill_n(m.next, m.n, -1);
         for (std::int64_t i = 0; i < prefix_; ++i) begin_slot(m, i, i);
         for (std::int64_t j = 0; j < m.n_b; ++j) begin_slot(m, m.slot_b + j, m.first_b + 2 * j);
-
-        std::sort(m.rank, m.rank + r_, [](auto p, auto q) { return row_of(p) < row_of(q); });
-        if (prefix_) std::sort(m.rank + r_, m.rank + m.n_a, [](auto p, auto q) { return row_of(p) < row_of(q); });
-        else std::sort(m.rank + r_, m.rank + m.n_a);
-        for (std::int64_t k = r_; k < m.n_a; ++k)
-            begin_slot(m, prefix_ + k - r_, m.first_a + 2 * row_of(m.rank[k]));
-        for (std::int64_t k = 0; k < r_; ++k) {
-            const std::int64_t i = row_of(m.rank[k]);
-            join_slot(m, m.slot_b + m.partner[i], m.first_a + 2 * i);
+        std::int64_t n_kept = 0;
+        for (std::int64_t i = 0; i < m.n_a; ++i) {
+            const std::int64_t token = m.first_a + 2 * i;
+            const bool merges = m.rank[i] < last || (m.rank[i] == last && n_ties-- > 0);
+            if (merges) join_slot(m, m.slot_b + m.partner[i], token);
+            else begin_slot(m, prefix_ + n_kept++, token);
         }
-    }
-    static std::int64_t row_of(std::uint64_t key) { return static_cast<std::int64_t>(key & 0xffffffffu); }
-
-    // Orders floats the other way round, as unsigned integers; −0 and 0 are the same.
-    static std::uint64_t descending(float value) {
-        value += 0.f;
-        std::uint32_t bits;
-        std::memcpy(&bits, &value, sizeof bits);
-        return bits >> 31 ? bits : ~bits & 0x7fffffffu;
+        if (prefix_ == 0) order_kept(m);
     }
 
-    static void begin_slot(const Image &m, std::int64_t slot, std::int64_t token) {
+    // Without a prefix, what is kept of A comes by descending score.
+    template <class T> static void order_kept(const Image<T> &m) {
+        const auto rank = [&m](std::int32_t token) { return m.rank[(token - m.first_a) / 2]; };
+        std::stable_sort(m.first, m.first + m.slot_b, [&rank](std::int32_t p, std::int32_t q) {
+            return rank(p) < rank(q);
+        });
+        for (std::int64_t slot = 0; slot < m.slot_b; ++slot) begin_slot(m, slot, m.first[slot]);
+    }
+
+    // Floats as unsigned integers in the opposite order; −0 and 0 are the same.
+    static std::uint32_t descending(float value) {
+        const auto bits = bits_of<std::uint32_t>(value + 0.f);
+        return bits >> 31 ? bits : 0x7fffffffu - bits;
+    }
+
+    // The k-th smallest of n keys, bit by bit: what is below it is counted, nothing is moved.
+    static std::uint32_t smallest(const std::uint32_t *keys, std::int64_t n, std::int64_t k) {
+        std::uint32_t found = 0;
+        for (int bit = 31; bit >= 0; --bit) {
+            const std::uint32_t middle = found + ((1u << bit) - 1);
+            std::int32_t count = 0;
+            for (std::int64_t i = 0; i < n; ++i) count += keys[i] <= middle;
+            if (count < k) found += 1u << bit;
+        }
+        return found;
+    }
+
+    template <class T>
+    static void begin_slot(const Image<T> &m, std::int64_t slot, std::int64_t token) {
         m.target[token] = slot;
         m.first[slot] = static_cast<std::int32_t>(token);
         m.size_out[slot] = m.size[token];
     }
 
-    static void join_slot(const Image &m, std::int64_t slot, std::int64_t token) {
+    template <class T>
+    static void join_slot(const Image<T> &m, std::int64_t slot, std::int64_t token) {
         const std::int32_t head = m.first[slot];
         m.target[token] = slot;
         m.next[token] = m.next[head];
@@ -267,26 +295,24 @@ class Merge {
 
     // --- reduce
 
-    void reduce(const Image &m, const Threads &threads) const {
-        threads.split(m.n - r_, 48, [&m](std::int64_t begin, std::int64_t end) {
-            for (std::int64_t slot = begin; slot < end; ++slot) reduce_slot(m, slot);
-        });
-    }
-
-    static void reduce_slot(const Image &m, std::int64_t slot) {
-        std::int32_t token = m.first[slot];
-        float *out = m.x_out + slot * m.channels;
-        const float *in = m.x + token * m.channels;
-        if (m.next[token] < 0) {
-            std::copy_n(in, m.channels, out);
+    template <class T> static void reduce_slot(const Image<T> &m, std::int64_t slot) {
+        const std::int32_t head = m.first[slot];
+        const T *in = m.x + head * m.channels;
+        T *out = m.x_out + slot * m.channels;
+        if (m.next[head] < 0) {
+            std::memcpy(out, in, static_cast<std::size_t>(m.channels) * sizeof(T));
             return;
         }
-        for (std::int64_t c = 0; c < m.channels; ++c) out[c] = in[c] * m.size[token];
-        while ((token = m.next[token]) >= 0) {
-            in = m.x + token * m.channels;
-            for (std::int64_t c = 0; c < m.channels; ++c) out[c] += in[c] * m.size[token];
+        constexpr std::int64_t kBlock = 64;  // channels whose sums stay in registers or close by
+        for (std::int64_t begin = 0; begin < m.channels; begin += kBlock) {
+            const std::int64_t n = std::min(kBlock, m.channels - begin);
+            float sums[kBlock] = {};
+            for (std::int32_t token = head; token >= 0; token = m.next[token]) {
+                in = m.x + token * m.channels + begin;
+                for (std::int64_t c = 0; c < n; ++c) sums[c] += load_one(in + c) * m.size[token];
+            }
+            for (std::int64_t c = 0; c < n; ++c) store_one(out + begin + c, sums[c] / m.size_out[slot]);
         }
-        for (std::int64_t c = 0; c < m.channels; ++c) out[c] /= m.size_out[slot];
     }
 };
 

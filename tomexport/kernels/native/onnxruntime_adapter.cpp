@@ -9,6 +9,7 @@ namespace tomexport::ort {
 namespace {
 
 constexpr const char *kDomain = "tomexport";
+constexpr std::size_t kMostThreads = 8;  // a kernel of microseconds gains nothing from more
 
 template <class Operator> struct Kernel {
     const Api &api;
@@ -50,7 +51,7 @@ template <class T> Status *write(const Api &api, KernelContext *context, std::si
 
 template <class Operator> Status *compute(void *kernel, KernelContext *context) {
     const auto &[api, op] = *static_cast<Kernel<Operator> *>(kernel);
-    Call call{};
+    Call<float> call{};
     Dims x, size, signal;
     if (Status *s = read(api, context, 0, &call.x, &x)) return s;
     if (Status *s = read(api, context, 1, &call.size, &size)) return s;
@@ -74,7 +75,7 @@ template <class Operator> Status *compute(void *kernel, KernelContext *context) 
         KernelContext *context;
         Status *status;
     } caller{api, context, nullptr};
-    tomexport::run(op, call, Threads(&caller, [](void *data, Threads::Task task, std::size_t n, void *job) {
+    tomexport::run(op, call, Threads(kMostThreads, &caller, [](void *data, Threads::Task task, std::size_t n, void *job) {
         auto &[api, context, status] = *static_cast<Caller *>(data);
         Status *now = api.parallel_for(context, task, n, 0, job);
         if (now) status ? api.release(now) : void(status = now);

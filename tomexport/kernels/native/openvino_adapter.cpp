@@ -43,7 +43,11 @@ template <class Operator> class Node : public ov::op::Op {
             NODE_VALIDATION_CHECK(this, !why, "r = ", r_, " of ", n, " tokens: ", why);
             n_out = n.get_length() - r_;
         }
-        set_output_type(0, ov::element::f32, {n_batch, n_out, n_channels});
+        const ov::element::Type type = get_input_element_type(0);
+        NODE_VALIDATION_CHECK(this, type == ov::element::f32 || type == ov::element::bf16, "x is ", type);
+        NODE_VALIDATION_CHECK(this, get_input_element_type(2) == type, "signal is of another type than x");
+        NODE_VALIDATION_CHECK(this, get_input_element_type(1) == ov::element::f32, "size is not f32");
+        set_output_type(0, type, {n_batch, n_out, n_channels});
         set_output_type(1, ov::element::f32, {n_batch, n_out, 1});
         set_output_type(2, ov::element::i64, {n_batch, n});
     }
@@ -61,28 +65,36 @@ template <class Operator> class Node : public ov::op::Op {
     bool has_evaluate() const override { return true; }
 
     bool evaluate(ov::TensorVector &out, const ov::TensorVector &in) const override {
-        const Operator op(r_, n_prefix_);
-        const ov::Shape &x = in[0].get_shape(), &signal = in[2].get_shape();
-        Call call{};
-        call.n_batch = x[0], call.n_tokens = x[1], call.n_channels = x[2];
-        call.n_groups = signal[1], call.n_dims = signal[3];
-        call.one_size = in[1].get_shape()[0] == 1;
-        call.x = in[0].data<const float>(), call.size = in[1].data<const float>();
-        call.signal = in[2].data<const float>();
-        const std::size_t n_out = x[1] - op.removed();
-        out[0].set_shape({x[0], n_out, x[2]});
-        out[1].set_shape({x[0], n_out, 1});
-        out[2].set_shape({x[0], x[1]});
-        call.x_out = out[0].data<float>(), call.size_out = out[1].data<float>();
-        call.target = out[2].data<std::int64_t>();
-        run(op, call, Threads(nullptr, [](void *, Threads::Task task, std::size_t n, void *job) {
-            ov::parallel_for(n, [=](std::size_t i) { task(job, i); });
-        }));
+        if (in[0].get_element_type() == ov::element::bf16) compute<BFloat16>(out, in);
+        else compute<float>(out, in);
         return true;
     }
 
   private:
     std::int64_t r_ = 0, n_prefix_ = 0;
+
+    template <class T> void compute(ov::TensorVector &out, const ov::TensorVector &in) const {
+        const Operator op(r_, n_prefix_);
+        const ov::Shape &x = in[0].get_shape(), &signal = in[2].get_shape();
+        Call<T> call{};
+        call.n_batch = x[0], call.n_tokens = x[1], call.n_channels = x[2];
+        call.n_groups = signal[1], call.n_dims = signal[3];
+        call.one_size = in[1].get_shape()[0] == 1;
+        const std::size_t n_out = x[1] - op.removed();
+        out[0].set_shape({x[0], n_out, x[2]});
+        out[1].set_shape({x[0], n_out, 1});
+        out[2].set_shape({x[0], x[1]});
+        call.x = static_cast<const T *>(in[0].data());
+        call.size = in[1].data<const float>();
+        call.signal = static_cast<const T *>(in[2].data());
+        call.x_out = static_cast<T *>(out[0].data());
+        call.size_out = out[1].data<float>();
+        call.target = out[2].data<std::int64_t>();
+        const auto n_threads = static_cast<std::size_t>(parallel_get_max_threads());
+        run(op, call, Threads(n_threads, nullptr, [](void *, Threads::Task task, std::size_t n, void *job) {
+            ov::parallel_for(n, [=](std::size_t i) { task(job, i); });
+        }));
+    }
 };
 
 template <class... Operator> std::vector<ov::Extension::Ptr> extensions(List<Operator...>) {

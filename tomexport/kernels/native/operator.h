@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -9,12 +10,15 @@
 namespace tomexport {
 
 // One call: (x (B,N,C), size (S,N,1), signal (B,G,N,D)) -> (x (B,M,C), size (B,M,1), target (B,N)),
-// with S either B or 1. All arrays are dense.
-struct Call {
+// with S either B or 1. All arrays are dense; T is float, or bfloat16 where the runtime has it.
+template <class T> struct Call {
     std::int64_t n_batch, n_tokens, n_channels, n_groups, n_dims;
     bool one_size;  // S = 1: all images share their sizes
-    const float *x, *size, *signal;
-    float *x_out, *size_out;
+    const T *x;
+    const float *size;
+    const T *signal;
+    T *x_out;
+    float *size_out;
     std::int64_t *target;
 };
 
@@ -24,32 +28,72 @@ class Threads {
     using Task = void (*)(void *data, std::size_t index);
     using Run = void (*)(void *context, Task task, std::size_t n, void *data);
 
-    Threads(void *context, Run run) : context_(context), run_(run) {}
+    // `most`: how many can run at once; if that is not known, how many are worth asking for.
+    Threads(std::size_t most, void *context, Run run) : most_(most), context_(context), run_(run) {}
+    static Threads none() { return {1, nullptr, nullptr}; }
 
-    // Calls f(begin, end) on pieces of 0 … count of at most `grain`, and returns when all are done.
-    template <class F> void split(std::int64_t count, std::int64_t grain, const F &f) const {
-        if (count <= grain) return f(std::int64_t{0}, count);
-        struct Job {
-            const F &f;
-            std::int64_t count, grain;
-        } job{f, count, grain};
-        run_(context_, [](void *data, std::size_t index) {
-            const Job &j = *static_cast<Job *>(data);
-            const std::int64_t begin = static_cast<std::int64_t>(index) * j.grain;
-            j.f(begin, std::min(begin + j.grain, j.count));
-        }, static_cast<std::size_t>((count + grain - 1) / grain), &job);
-    }
+    std::size_t most() const { return most_; }
 
-    // No others: every piece runs where it is called.
-    static Threads none() {
-        return {nullptr, [](void *, Task task, std::size_t n, void *data) {
-            for (std::size_t i = 0; i < n; ++i) task(data, i);
-        }};
+    // Calls f(0) … f(n − 1), some of them at once, and returns when all are done.
+    template <class F> void run(std::size_t n, const F &f) const {
+        if (most_ == 1 || n == 1) {
+            for (std::size_t i = 0; i < n; ++i) f(i);
+            return;
+        }
+        run_(context_, [](void *data, std::size_t i) { (*static_cast<const F *>(data))(i); }, n,
+             const_cast<F *>(&f));
     }
 
   private:
+    std::size_t most_;
     void *context_;
     Run run_;
+};
+
+// Work that is done in phases by all who come, in a single fork of the runtime's threads: a fork
+// costs microseconds. Nobody is waited for who has not begun: pieces are taken one by one, and a
+// phase ends when those that were taken are done. Each member begins at its own share, because the
+// operations before and after divide the tokens so too, and their caches hold that share.
+class Team {
+  public:
+    static constexpr int kPhases = 4;
+    static constexpr std::int64_t kPieces = 64;  // at most, in a phase
+
+    explicit Team(std::size_t n_members) : n_members_(static_cast<std::int64_t>(n_members)) {}
+
+    // Calls f(begin, end) on pieces of 0 … count. Every member calls this for the same phases.
+    template <class F>
+    void phase(int index, std::size_t member, std::int64_t count, std::int64_t grain, const F &f) {
+        Phase &p = phases_[index];
+        grain = std::max(grain, (count + kPieces - 1) / kPieces);
+        const std::int64_t n = (count + grain - 1) / grain;
+        const std::int64_t own = static_cast<std::int64_t>(member) * n / n_members_;
+        for (std::int64_t k = 0; k < n; ++k) {
+            const std::int64_t piece = (own + k) % n;
+            const std::uint64_t bit = std::uint64_t{1} << piece;
+            if (p.taken.load(std::memory_order_relaxed) & bit) continue;
+            if (p.taken.fetch_or(bit, std::memory_order_relaxed) & bit) continue;
+            f(piece * grain, std::min((piece + 1) * grain, count));
+            p.n_done.fetch_add(1, std::memory_order_release);
+        }
+        while (p.n_done.load(std::memory_order_acquire) < n) relax();
+    }
+
+  private:
+    struct alignas(64) Phase {
+        std::atomic<std::uint64_t> taken{0};
+        std::atomic<std::int64_t> n_done{0};
+    };
+    std::int64_t n_members_;
+    Phase phases_[kPhases];
+
+    static void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+        __builtin_ia32_pause();
+#elif defined(__aarch64__)
+        asm volatile("yield");
+#endif
+    }
 };
 
 // Memory that a thread keeps between calls: once warm, a call allocates nothing.
@@ -57,7 +101,7 @@ class Workspace {
   public:
     static constexpr std::size_t kLine = 64;  // arrays begin at cache lines
 
-    // Makes room for `bytes`, and a line for each array that will be taken.
+    // Makes room for `bytes` in `n_arrays` arrays.
     void reserve(std::size_t bytes, std::size_t n_arrays) {
         const std::size_t wanted = bytes + (n_arrays + 1) * kLine;
         if (wanted > capacity_) {
@@ -81,10 +125,11 @@ class Workspace {
 };
 
 // Computes all images of a call: one image on all threads, or each on one.
-template <class Operator> void run(const Operator &op, const Call &call, const Threads &threads) {
+template <class Operator, class T>
+void run(const Operator &op, const Call<T> &call, const Threads &threads) {
     if (call.n_batch == 1) return op.run(call, 0, threads);
-    threads.split(call.n_batch, 1, [&](std::int64_t begin, std::int64_t) {
-        op.run(call, begin, Threads::none());
+    threads.run(static_cast<std::size_t>(call.n_batch), [&](std::size_t image) {
+        op.run(call, static_cast<std::int64_t>(image), Threads::none());
     });
 }
 

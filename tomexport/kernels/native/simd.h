@@ -16,32 +16,53 @@ constexpr int kLanes = 4, kRegisters = 32;
 constexpr int kLanes = 4, kRegisters = 16;
 #endif
 
-typedef float Floats __attribute__((vector_size(kLanes * sizeof(float))));
-typedef std::int32_t Ints __attribute__((vector_size(kLanes * sizeof(std::int32_t))));
+typedef float Floats __attribute__((vector_size(kLanes * 4)));
+typedef std::int32_t Ints __attribute__((vector_size(kLanes * 4)));
+typedef std::uint32_t Words __attribute__((vector_size(kLanes * 4)));
+typedef std::uint16_t Halves __attribute__((vector_size(kLanes * 2)));
+
+// The upper half of a float's bits.
+struct BFloat16 {
+    std::uint16_t bits;
+};
+
+template <class To, class From> inline To bits_of(const From &from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    std::memcpy(&to, &from, sizeof to);
+    return to;
+}
 
 inline Floats load(const float *from) {
     Floats v;
     std::memcpy(&v, from, sizeof v);
     return v;
 }
+inline Floats load(const BFloat16 *from) {
+    Halves v;
+    std::memcpy(&v, from, sizeof v);
+    return bits_of<Floats>(__builtin_convertvector(v, Words) << 16);
+}
+inline float load_one(const float *from) { return *from; }
+inline float load_one(const BFloat16 *from) {
+    return bits_of<float>(static_cast<std::uint32_t>(from->bits) << 16);
+}
 
 inline void store(float *to, Floats v) { std::memcpy(to, &v, sizeof v); }
-
-// The sum of n floats, n a power of two, by halves.
-template <int n = kLanes> inline float sum(const float *from) {
-    if constexpr (n == 1) {
-        return *from;
-    } else {
-        typedef float Half __attribute__((vector_size(n / 2 * sizeof(float))));
-        Half low, high;
-        std::memcpy(&low, from, sizeof low);
-        std::memcpy(&high, from + n / 2, sizeof high);
-        low += high;
-        float halves[n / 2];
-        std::memcpy(halves, &low, sizeof low);
-        return sum<n / 2>(halves);
-    }
+inline void store_one(float *to, float value) { *to = value; }
+// To the nearest, ties to even; NaN stays NaN.
+inline void store_one(BFloat16 *to, float value) {
+    const std::uint32_t bits = bits_of<std::uint32_t>(value);
+    const std::uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    to->bits = static_cast<std::uint16_t>(value == value ? rounded : bits >> 16 | 0x40);
 }
-inline float sum(Floats v) { return sum<>(reinterpret_cast<const float *>(&v)); }
+
+inline float sum(Floats v) {
+    float lanes[kLanes];
+    store(lanes, v);
+    for (int half = kLanes / 2; half; half /= 2)
+        for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+    return lanes[0];
+}
 
 }  // namespace tomexport
