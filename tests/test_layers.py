@@ -15,7 +15,7 @@ PACKAGE = Path(tomexport.__file__).parent
 # each layer may import those before it; exporter and runtime stand side by side
 ORDER = [
     "errors|scratch", "plan", "artifact", "kernels", "exporter|runtime", "delivery", "pipeline",
-    "calib", "tables", "cli",
+    "calib", "chart|tables", "cli",
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names.split("|")}
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -57,6 +57,12 @@ def test_runtime_files_name_no_exporting_library(path):
         assert not names & {"torch", "timm", "onnxscript", "onnx_ir", "jaxtyping"}
 
 
+@pytest.mark.parametrize("path", sorted((PACKAGE / "runtime").glob("*.py")), ids=lambda p: p.name)
+def test_the_runtime_knows_libraries_but_no_operators(path):
+    kernels = {name for name in _imports(path) if _layer(name) == "kernels"}
+    assert kernels <= {f"tomexport.kernels{end}" for end in ("", ".build", ".cache")}
+
+
 def _loaded(code: str) -> set[str]:
     script = f"import sys\n{code}\nprint(*sorted({{m.split('.')[0] for m in sys.modules}}))"
     output = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
@@ -70,8 +76,8 @@ def _loaded(code: str) -> set[str]:
         "import tomexport; tomexport.Schedule.parse('exp:0.25,0')",
         "import tomexport.cli",
         "import tomexport.runtime.verify, tomexport.runtime.doctor",
-        "import tomexport; tomexport.load; tomexport.verify",
-        "import tomexport.kernels",
+        "import tomexport; tomexport.load; tomexport.verify; tomexport.profile",
+        "import tomexport.kernels, tomexport.kernels.build, tomexport.runtime.libraries",
     ],
 )
 def test_light_modules_stay_light(code):

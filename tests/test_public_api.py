@@ -11,7 +11,8 @@ import tomexport
 
 def test_all_is_what_can_be_reached():
     assert set(tomexport.__all__) | {"__version__"} == set(dir(tomexport))
-    assert tomexport.__all__ == ["Plan", "Schedule", "plan", "reduce", "export", "load", "verify"]
+    functions = ["plan", "reduce", "export", "load", "verify", "profile"]
+    assert tomexport.__all__ == ["Plan", "Schedule", *functions]
 
 
 @pytest.mark.parametrize("name", tomexport.__all__)

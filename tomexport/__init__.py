@@ -19,11 +19,12 @@ from tomexport.plan import Plan, Schedule
 if TYPE_CHECKING:
     from tomexport.pipeline import export, plan, reduce
     from tomexport.runtime.load import load
+    from tomexport.runtime.profile import profile
     from tomexport.runtime.verify import verify
 
 __version__ = "0.1.0"
 
-__all__ = ["Plan", "Schedule", "plan", "reduce", "export", "load", "verify"]
+__all__ = ["Plan", "Schedule", "plan", "reduce", "export", "load", "verify", "profile"]
 
 _HOMES = {
     "plan": "tomexport.pipeline",
@@ -31,6 +32,7 @@ _HOMES = {
     "export": "tomexport.pipeline",
     "load": "tomexport.runtime.load",
     "verify": "tomexport.runtime.verify",
+    "profile": "tomexport.runtime.profile",
 }
 del plan
 

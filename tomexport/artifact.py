@@ -30,6 +30,8 @@ GOLDEN_KEY = "golden"
 FORMAT_VERSION = 1
 N_GOLDEN = 8
 GOLDEN_SEED = 2023
+# what `Metadata.weights` says where there is no file; after RANDOM comes the seed
+IN_MEMORY, PRETRAINED, RANDOM = "a module in memory", "timm, pretrained", "random, seed"
 
 Array = NDArray[Any]
 

@@ -114,6 +114,7 @@ def cli() -> None:
     tomexport MODEL --schedule S -o OUT     export (the default command)
     tomexport plan MODEL --schedule S       tokens and MACs, nothing exported
     tomexport verify FILE                   compare a file with PyTorch
+    tomexport profile FILE                  what merging costs and saves in it
     tomexport kernels build|list|clean      the fused kernels of this machine
     tomexport doctor                        what this machine has
 
@@ -223,6 +224,63 @@ def verify(
         raise click.exceptions.Exit(EXIT_CHECK_FAILED)
 
 
+@cli.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@_options(
+    click.option("--backend", "backends", multiple=True, metavar="NAME", help=(
+        "onnxruntime or openvino, or both; all that are installed and can if left out."
+    )),
+    click.option("--precision", "precisions", multiple=True, metavar="f32|bf16|f16",
+                 help="One or more; f32 and the runtime's default if left out."),
+    click.option("--device", default="CPU", show_default=True, help=(
+        "CPU, CUDA or TENSORRT of onnxruntime; CPU, GPU or NPU of openvino."
+    )),
+    click.option("--batch", "batches", multiple=True, type=int, metavar="N",
+                 help="Images per call, one or more, for files of dynamic batch.  [default: 1]"),
+    click.option("--threads", type=int, metavar="N",
+                 help="CPU threads, kept on as many CPUs; all if left out."),
+    click.option("--rounds", default=20, show_default=True, metavar="N",
+                 help="Time at least so many turns of each variant."),
+    click.option("--seconds", default=20.0, show_default=True, metavar="T",
+                 help="Time each runtime, precision and batch for at least so long."),
+    click.option("--baseline", type=click.Path(path_type=Path), metavar="FILE",
+                 help="The unmerged export; STEM.none.SUFFIX beside the file if left out."),
+    click.option("--bound", type=click.Path(path_type=Path), metavar="FILE",
+                 help="The free-merge bound; STEM.bound.SUFFIX beside the file if left out."),
+    _kernels,
+    click.option("--no-operators", is_flag=True, help="Do not ask the runtimes' own profilers."),
+    click.option("--min-speedup", type=float, metavar="X",
+                 help="Exit with 1 if merging speeds up any run by less than this."),
+    click.option("--png", type=click.Path(path_type=Path), metavar="FILE",
+                 help="Draw a chart of the latencies."),
+    click.option("--force", is_flag=True, help="Replace an existing chart."),
+    _json,
+    _debug,
+)  # fmt: skip
+def profile(
+    artifact: Path, no_operators: bool, png: Path | None, force: bool, as_json: bool, **options: Any
+) -> None:
+    """Measure what merging costs and saves in ARTIFACT, beside its unmerged export and its bound.
+
+    `export --with-baselines` writes both beside the file.
+    """
+    from tomexport import chart
+    from tomexport.runtime import profile as profiling
+
+    if png:
+        chart.check(png, force=force)
+    with _progress() as progress:
+        report = profiling.profile(
+            artifact, operators=not no_operators, progress=progress, **options
+        )
+    _notes(report.notes)
+    _show(report.to_dict(), as_json, lambda tables: tables.profile_table(report), width=100)
+    if png:
+        chart.draw(report, png)
+    if not report.passed:
+        raise click.exceptions.Exit(EXIT_CHECK_FAILED)
+
+
 @cli.group()
 def kernels() -> None:
     """Build, list or remove the fused kernels, which make merging cheap on a CPU.
@@ -288,7 +346,9 @@ def doctor(as_json: bool) -> None:
     _show(result.to_dict(), as_json, lambda tables: tables.doctor_table(result))
 
 
-def _show(data: dict[str, Any], as_json: bool, render: Callable[[Any], RenderableType]) -> None:
+def _show(
+    data: dict[str, Any], as_json: bool, render: Callable[[Any], RenderableType], width: int = 80
+) -> None:
     """Print a result: the one thing that goes to stdout."""
     if as_json:
         click.echo(json.dumps(data, indent=2, ensure_ascii=False))
@@ -298,7 +358,7 @@ def _show(data: dict[str, Any], as_json: bool, render: Callable[[Any], Renderabl
     from tomexport import tables
 
     console = Console(highlight=False, markup=False)
-    console.width = max(console.width, 80 if console.is_terminal else 160)  # no digit is cut off
+    console.width = max(console.width, width if console.is_terminal else 160)  # no digit is cut off
     console.print(render(tables))
 
 

@@ -13,6 +13,7 @@ from tomexport.kernels.cache import Library
 from tomexport.pipeline import ExportReport
 from tomexport.plan import Plan
 from tomexport.runtime.doctor import Diagnosis
+from tomexport.runtime.profile import ProfileReport, Run, Variant, percent, times
 from tomexport.runtime.verify import VerifyReport
 
 
@@ -94,6 +95,54 @@ def verify_table(report: VerifyReport) -> RenderableType:
         f"mean {fidelity.mean_abs:.1e}, cosine {fidelity.cosine:.4f}{top1}"
     )
     return Group(table, *failures, *ties, Text(merging))
+
+
+def profile_table(report: ProfileReport) -> RenderableType:
+    """Show each run: its variants, what can be said of them, and where the time goes."""
+    parts: list[RenderableType] = [
+        Text(f"{report.path}: {report.model}, {report.method}, {report.schedule}")
+    ]
+    for run in report.runs:
+        parts += [Text(""), _run_table(run), Text(run.verdict)]
+        if run.variants[0].operators:
+            parts += [Text(""), _operators_table(run.variants[0])]
+        if run in report.failures:
+            text = f"FAIL: the speed-up is below {report.min_speedup:g}×"
+            parts.append(Text(text, style="bold red"))
+    return Group(*parts)
+
+
+def _run_table(run: Run) -> RenderableType:
+    cpus = f" on CPUs {', '.join(map(str, run.cpus))}" if run.cpus else ""
+    threads = f", {run.threads} threads{cpus}" if run.threads else ""
+    table = _table("", "ms", "p20", "p90", "p99", "MiB", "speed-up", "over bound", "µs/merge")
+    for each in run.variants:
+        table.add_row(
+            each.name,
+            *(f"{time:.2f}" for time in (each.median_ms, each.p20_ms, each.p90_ms, each.p99_ms)),
+            f"{each.peak_memory / 2**20:.0f}" if each.peak_memory else "–",
+            times(each.speedup) if each.speedup else "",
+            percent(each.overhead) if each.overhead else "",
+            f"{each.us_per_merge.value:.0f}" if each.us_per_merge else "",
+        )
+    name = f"{run.backend} {run.device} {run.precision}, batch {run.batch}"
+    return Group(Text(f"{name}{threads}, {run.rounds} rounds"), table)
+
+
+def _operators_table(variant: Variant, n_rows: int = 8) -> RenderableType:
+    total = sum(each.microseconds for each in variant.operators)
+    merging = sum(each.microseconds for each in variant.operators if each.merging)
+    table = _table("operator", "part", "count", "mean µs", "share")
+    for each in variant.operators[:n_rows]:
+        table.add_row(
+            each.type,
+            "merging" if each.merging else "network",
+            f"{each.count}",
+            f"{each.microseconds / max(each.count, 1):.1f}",
+            f"{each.microseconds / total:.1%}",
+        )
+    heading = f"operators of {variant.name}, {total / 1000:.2f} ms as profiled"
+    return Group(Text(f"{heading}: merging {merging / total:.1%}"), table)
 
 
 def export_summary(report: ExportReport) -> RenderableType:

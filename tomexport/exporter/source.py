@@ -9,14 +9,14 @@ from typing import Any
 
 from torch import nn
 
+from tomexport.artifact import IN_MEMORY, PRETRAINED
+from tomexport.artifact import RANDOM as RANDOM
 from tomexport.errors import RewriteError
 from tomexport.exporter import checkpoint, zoo
 from tomexport.exporter.architecture import build
 from tomexport.exporter.families import family_of
 from tomexport.exporter.rewrite import private_copy
 from tomexport.exporter.weights import seed_weights
-
-RANDOM = "random, seed"  # how the words for weights that were drawn begin
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ def _from_module(model: nn.Module) -> Source:
     configuration = getattr(model, "pretrained_cfg", None) or {}
     name = configuration.get("architecture")
     if name not in zoo.supported_names():
-        return Source(model, (), "a module in memory", None)
-    return Source(model, (name,), "a module in memory", zoo.preprocessing(name))
+        return Source(model, (), IN_MEMORY, None)
+    return Source(model, (name,), IN_MEMORY, zoo.preprocessing(name))
 
 
 def _from_file(path: Path, arch: str | None, seed: int | None) -> Source:
@@ -102,7 +102,7 @@ def _from_name(name: str, arch: str | None, seed: int | None, with_weights: bool
         model = seed_weights(zoo.timm().create_model(name), seed).eval()
         weights = f"{RANDOM} {seed}"
     elif with_weights:
-        model, weights = zoo.pretrained(name), "timm, pretrained"
+        model, weights = zoo.pretrained(name), PRETRAINED
     else:
         model, weights = zoo.skeleton(name), "none"
     return Source(model, (name,), weights, zoo.preprocessing(name))

@@ -146,6 +146,14 @@ def choose(path: Path, backend: str | None) -> list[Backend]:
     return installed
 
 
+def default_precisions(backend: Backend, device: str) -> list[str | None]:
+    """Return float32, where the device has it, and None for its own where that may be another."""
+    known = backend.devices().get(device, ())
+    if known == ("f32",):
+        return ["f32"]
+    return ["f32", None] if "f32" in known else [None]
+
+
 def require_readable(path: Path, backend: Backend) -> None:
     """Refuse a file that is not there, or not of a kind that the runtime reads.
 

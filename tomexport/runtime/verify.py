@@ -13,8 +13,8 @@ import numpy as np
 
 from tomexport.artifact import Array, Golden, Metadata
 from tomexport.runtime import fused
-from tomexport.runtime.backend import Backend, read_artifact
-from tomexport.runtime.load import Runner, choose, load
+from tomexport.runtime.backend import read_artifact
+from tomexport.runtime.load import Runner, choose, default_precisions, load
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def verify(
     runs: list[Run] = []
     forms = _forms(path, fused.choice(kernels, device), device)
     for chosen, form in itertools.product(backends, forms):
-        for wanted in [precision] if precision else _precisions(chosen, device):
+        for wanted in [precision] if precision else default_precisions(chosen, device):
             runner = load(
                 path, chosen.name, device, None, wanted,
                 kernels=form, extra_outputs=metadata.decisions,
@@ -192,11 +192,6 @@ def _forms(path: Path, kernels: str | Path, device: str) -> tuple[str | Path, ..
     if path.suffix == ".xml":
         return (kernels,)
     return (fused.OFF,) if kernels == fused.OFF or device != "CPU" else (kernels, fused.OFF)
-
-
-def _precisions(backend: Backend, device: str) -> list[str | None]:
-    known = backend.devices().get(device, ())
-    return ["f32", None] if "f32" in known else [None]
 
 
 def _batches(runner: Runner, n_images: int) -> Iterable[int]:
