@@ -20,12 +20,20 @@ def merge(
     op: Any, x: ir.Value, size: ir.Value, signal: ir.Value, *, n: int, r: int, n_prefix: int
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
     """Trace the body for one site of n tokens. Shapes as in the package's docstring."""
+    if r == 0:
+        return _identity(op, x, size, n)
     target = _match(op, signal, n, r, n_prefix)
     # (B, M, N): 1 where the token of the column goes to the slot of the row
     one_hot = op.OneHot(target, [n - r], [0.0, 1.0], axis=1)
     merged_size = op.MatMul(one_hot, size)  # (B, M, 1)
     merged = op.Div(op.MatMul(one_hot, op.Mul(x, size)), merged_size)  # (B, M, C)
     return merged, merged_size, target
+
+
+def _identity(op: Any, x: ir.Value, size: ir.Value, n: int) -> tuple[ir.Value, ir.Value, ir.Value]:
+    zeros = op.ArgMax(op.Slice(x, [0], [1], [2]), axis=2)  # (B, N, 1), whatever x holds
+    sizes = op.Add(size, op.Cast(zeros, to=ir.DataType.FLOAT))  # one size serves all images
+    return op.Identity(x), sizes, op.Add(op.Squeeze(zeros, [2]), _constant(op, np.arange(n)))
 
 
 def _match(op: Any, signal: ir.Value, n: int, r: int, n_prefix: int) -> ir.Value:

@@ -19,7 +19,7 @@ def _scores(signal: Float[Tensor, "B G N D"], n_prefix: int) -> Float[Tensor, "B
     first_a, first_b = parities(n_prefix)
     metric = signal.float().mean(dim=1)  # (B, N, D)
     direction = metric / metric.norm(dim=-1, keepdim=True)
-    scores = direction[:, first_a::2] @ direction[:, first_b::2].mT  # (B, |A|, |B|)
+    scores: Tensor = direction[:, first_a::2] @ direction[:, first_b::2].mT  # (B, |A|, |B|)
     return scores.nan_to_num(nan=-torch.inf)
 
 
@@ -69,20 +69,23 @@ def match(signal: Float[Tensor, "B G N D"], r: int, n_prefix: int) -> Int[Tensor
 def margin(signal: Float[Tensor, "B G N D"], r: int, n_prefix: int) -> Float[Tensor, " B"]:
     """Return how far the nearest other decision is, in units of cosine similarity.
 
-    A form whose scores are off by less than half of this must decide the same.
+    A form whose scores are off by less than half of this must decide the same. Where nothing is
+    decided it is endless; tokens without direction are tied.
     """
+    result = signal.new_full((signal.shape[0],), torch.inf, dtype=torch.float32)
+    if r == 0:
+        return result
     scores = _scores(signal, n_prefix)
     ranked = scores.max(dim=-1).values.sort(dim=-1, descending=True)
     gaps = ranked.values[:, :-1] - ranked.values[:, 1:]  # (B, |A|−1): rank i from rank i + 1
     deciding = gaps[:, r - 1 : r] if n_prefix else gaps[:, r - 1 :]  # kept tokens are ranked too
-    result = scores.new_full((signal.shape[0],), torch.inf)
     if deciding.shape[1]:
         result = torch.minimum(result, deciding.amin(dim=-1))
     if scores.shape[2] > 1:
         merged = scores.gather(1, ranked.indices[:, :r, None].expand(-1, -1, scores.shape[2]))
         first, second = merged.topk(2, dim=-1).values.unbind(-1)  # (B, r)
         result = torch.minimum(result, (first - second).amin(dim=-1))
-    return result
+    return result.nan_to_num(nan=0.0, posinf=torch.inf)  # NaN: −∞ less −∞
 
 
 def merge(
