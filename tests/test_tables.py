@@ -1,0 +1,38 @@
+"""Tables for people: they fit the page, and no digit is cut off."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+from tests.made_up_profile import report
+
+from tomexport import tables
+
+
+def _printed(renderable, width):
+    console = Console(file=io.StringIO(), width=width, highlight=False, markup=False)
+    console.print(renderable)
+    return [line.rstrip() for line in console.file.getvalue().splitlines()]
+
+
+def test_a_profile_fits_a_hundred_columns():
+    lines = _printed(tables.profile_table(report()), 100)
+    assert max(map(len, lines)) <= 100
+    assert lines[:3] == [
+        "model.onnx: test_vit, tome, const:8",
+        "",
+        "onnxruntime CPU f32, batch 1, 2 threads on CPUs 0, 1, 20 rounds",
+    ]
+    fused = next(line for line in lines if line.startswith("fused"))
+    assert fused.split() == ["fused", "8.00", "7.60", "9.60", "16.00", "200", "1.25×",
+                             "(1.23–1.27)", "3.0%", "(2.0–4.0)", "39"]  # fmt: skip
+    assert "Merging pays." in lines
+    assert "operators of fused, 1.00 ms as profiled: merging 10.0%" in lines
+    assert "Merge     merging      6     16.7  10.0%" in lines
+
+
+def test_a_profile_that_is_too_slow_says_so():
+    lines = _printed(tables.profile_table(report(min_speedup=1.3)), 100)
+    assert "FAIL: the speed-up is below 1.3×" in lines
+    assert not any("FAIL" in line for line in _printed(tables.profile_table(report(1.2)), 100))
