@@ -178,19 +178,20 @@ def _attention(
 def _project(attn: Any, h: Tensor, n_out: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """Compute queries, keys and values; queries of the first n_out tokens only, unless None."""
     if n_out is None:
-        q, k, v = _heads(attn.qkv(h), attn).split(attn.num_heads, dim=1)
+        q, k, v = torch.split(_heads(attn.qkv(h), attn), attn.num_heads, dim=1)
         return q, k, v
     weight, bias, dim = attn.qkv.weight, attn.qkv.bias, attn.attn_dim
     q_bias, kv_bias = (None, None) if bias is None else (bias[:dim], bias[dim:])
     q = _heads(functional.linear(h[:, :n_out], weight[:dim], q_bias), attn)
     kv = _heads(functional.linear(h, weight[dim:], kv_bias), attn)
-    k, v = kv.split(attn.num_heads, dim=1)
+    k, v = torch.split(kv, attn.num_heads, dim=1)
     return q, k, v
 
 
 def _heads(x: Tensor, attn: Any) -> Tensor:
     """(B, N, heads·D) → (B, heads, N, D): one transposition, after which a split is a view."""
-    return x.unflatten(2, (-1, attn.head_dim)).transpose(1, 2)
+    n_batch, n, width = x.shape
+    return x.reshape(n_batch, n, width // attn.head_dim, attn.head_dim).transpose(1, 2)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
