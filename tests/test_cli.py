@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import platform
 import re
 import resource
 import signal
@@ -479,9 +480,12 @@ def test_help_shows_the_commands_line_by_line(run, option):
     assert "\\b" not in outcome.out
 
 
-@pytest.mark.parametrize("command", ["export", "plan", "verify", "doctor"])
+@pytest.mark.parametrize(
+    "command",
+    ["export", "plan", "verify", "doctor", "kernels build", "kernels list", "kernels clean"],
+)
 def test_each_command_has_its_help(run, command):
-    outcome = run(command, "--help")
+    outcome = run(*command.split(), "--help")
     assert (outcome.code, outcome.err) == (0, "")
     assert outcome.out.startswith(f"Usage: tomexport {command}")
     assert "--json" in outcome.out
@@ -667,6 +671,103 @@ def test_doctor_as_json(run):
     outcome = run("doctor", "--json")
     assert (outcome.code, outcome.err) == (0, "")
     assert {"machine", "packages", "runtimes"} <= set(json.loads(outcome.out))
+
+
+def test_doctor_for_people_says_which_kernels_load(run, fused):
+    run("kernels", "build", "--runtime", "onnxruntime")
+    outcome = run("doctor")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert f"load from {fused}" in outcome.out
+    assert "cmake" in outcome.out
+
+
+# ---- kernels
+
+
+def test_kernels_are_built_listed_and_cleaned(run, fused, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("TOMEXPORT_CACHE", str(cache))
+    outcome = run("kernels", "list")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "holds no kernels yet" in outcome.out.replace("\n", " ")
+
+    outcome = run("kernels", "build", "--runtime", "onnxruntime")
+    assert (outcome.code, outcome.err) == (0, "")  # where pytest takes the log
+    path = Path(re.fullmatch(r"built: (.*) \(\d+ KiB\)\n", outcome.out)[1])
+    assert path.is_relative_to(cache)
+
+    outcome = run("kernels", "list")
+    assert re.search(r"onnxruntime +\S+ +native +\d+ KiB +\d{4}-\d\d-\d\d .* in use", outcome.out)
+    data = json.loads(run("kernels", "list", "--json").out)
+    assert data["cache"] == str(cache)
+    (entry,) = data["libraries"]
+    assert (entry["path"], entry["in_use"], entry["error"]) == (str(path), True, None)
+
+    outcome = run("kernels", "clean")
+    assert outcome.code == 0
+    assert re.fullmatch(rf"removed 1 library \(\d+ KiB\) from {cache}\n", outcome.out)
+    assert not path.exists()
+    assert json.loads(run("kernels", "clean", "--json").out)["removed"] == 0
+
+
+def test_kernels_for_another_machine(run, here):
+    outcome = run("kernels", "build", "--runtime", "onnxruntime", "--march", "x86-64-v3",
+                  "--out", ".", "--json")  # fmt: skip
+    if platform.machine() != "x86_64":
+        outcome.error()
+        return
+    (entry,) = json.loads(outcome.out)["libraries"]
+    assert [entry["path"]] == list(listing(here))
+    assert entry["march"] == "x86-64-v3"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("build --runtime onnx", ["Unknown runtime 'onnx'", "onnxruntime"]),
+        ("build --march armv8-a", ["this machine only", "--out DIR"]),
+        ("build --march armv8-a --out absent", ["no folder absent"]),
+        ("build --toolchain absent.cmake --out .", ["no toolchain file absent.cmake"]),
+        ("build --march a;b --out .", ["'a;b' is no architecture"]),
+        ("biuld", ["biuld"]),
+    ],
+)
+def test_kernels_that_cannot_be_built_are_refused(run, here, arguments, words):
+    error = run("kernels", *arguments.split()).error()
+    assert all(word in error for word in words)
+    assert listing(here) == {}
+
+
+def test_a_failed_build_says_why_and_where_the_log_is(run, here, monkeypatch):
+    monkeypatch.setenv("TOMEXPORT_CACHE", str(here / "cache"))
+    monkeypatch.setenv("CXX", "false")
+    error = run("kernels", "build", "--runtime", "onnxruntime").error()
+    assert "could not be built" in error
+    log = re.search(r"The log is (\S+build\.log)", error)
+    assert log
+    assert Path(log[1]).read_text()
+    assert "failed" in run("kernels", "list").out
+
+
+def test_the_line_while_building_goes_to_stderr(exported, tmp_path, monkeypatch):
+    monkeypatch.setenv("TOMEXPORT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("TOMEXPORT_KERNELS")
+    outcome = spawn("verify", exported, "--backend", "onnxruntime", "--json")
+    assert outcome.code == 0
+    assert [entry["kernels"] for entry in json.loads(outcome.out)["runs"]] == [True, False]
+    assert outcome.err.startswith("tomexport: building fused kernels for onnxruntime")
+    assert outcome.err.count("\n") == 1
+
+
+def test_verify_says_which_form_is_which(run, exported, fused):
+    outcome = run("verify", exported, "--backend", "onnxruntime")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert re.search(r"onnxruntime f32 fused .* pass", outcome.out)
+    assert re.search(r"onnxruntime f32 standard .* pass", outcome.out)
+    assert max(map(len, outcome.out.splitlines()[1:4])) <= 80
+    outcome = run("verify", exported, "--kernels", "off")
+    assert "fused" not in outcome.out
+    assert "no library nowhere.so" in run("verify", exported, "--kernels", "nowhere.so").error()
 
 
 # ---- disk full

@@ -45,7 +45,9 @@ def test_every_path_on_the_map_exists():
 
 
 def _commands():
-    return {"tomexport": cli, **cli.commands}
+    groups = {name: c for name, c in cli.commands.items() if isinstance(c, click.Group)}
+    inner = {f"{name} {n}": c for name, group in groups.items() for n, c in group.commands.items()}
+    return {"tomexport": cli, **cli.commands, **inner}
 
 
 @pytest.mark.parametrize("name", list(_commands()))
@@ -58,15 +60,15 @@ def test_commands_and_options_have_help(name):
 
 
 def test_options_in_the_readme_are_real():
-    known = {opt for command in cli.commands.values() for p in command.params for opt in p.opts}
+    known = {opt for command in _commands().values() for p in command.params for opt in p.opts}
     for line in re.findall(r"tomexport (?!\[).*", _page("README.md")):
         for option in re.findall(r"(?<![\w-])--[\w-]+", line):
             assert option in known, f"README uses {option}"
 
 
 def test_every_command_is_in_the_readme():
-    for name in cli.commands:
-        if name != "export":  # the default: it goes without its name
+    for name in _commands():
+        if name not in ("tomexport", "export"):  # the default: it goes without its name
             assert f"tomexport {name}" in _page("README.md"), name
 
 

@@ -13,8 +13,10 @@ import tomexport
 from tomexport import pipeline
 from tomexport.calib.images import ImageFolder
 from tomexport.errors import ArtifactError, BackendError, VerifyError
+from tomexport.kernels import build
 from tomexport.runtime.backend import read_artifact
 from tomexport.runtime.load import BACKENDS
+from tomexport.runtime.onnxruntime_backend import _Session
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +40,56 @@ def test_a_right_file_passes_in_every_runtime(files, file):
         assert run.decided_otherwise == 0
     assert 0 < report.fidelity.max_abs < 1
     assert report.to_dict()["passed"] is True
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_both_forms_are_gated_where_there_are_kernels(fused, files, backend):
+    report = tomexport.verify(files / "model.onnx", backend=backend)
+    gated = [run for run in report.runs if run.gated]
+    assert [run.kernels for run in gated] == [True, False]
+    assert [run.name for run in gated] == [f"{backend} f32 fused", f"{backend} f32 standard"]
+    for run in gated:
+        assert run.passed
+        assert run.max_abs < 1e-5
+        assert run.decided_otherwise == 0
+    assert [entry["kernels"] for entry in report.to_dict()["runs"]] == [
+        run.kernels for run in report.runs
+    ]
+
+
+def test_standard_operators_alone_where_there_are_none(files, tmp_path, monkeypatch):
+    monkeypatch.delenv("TOMEXPORT_KERNELS")
+    monkeypatch.setenv("TOMEXPORT_CACHE", str(tmp_path))
+    monkeypatch.setenv("PATH", "")
+    report = tomexport.verify(files / "model.onnx")
+    assert report.passed
+    assert report.runs
+    assert not any(run.kernels for run in report.runs)
+
+
+def test_kernels_can_be_left_out_or_named(fused, files):
+    path = files / "model.onnx"
+    runs = tomexport.verify(path, backend="onnxruntime", kernels="off").runs
+    assert [run.kernels for run in runs] == [False]
+    library = build.library("onnxruntime", BACKENDS[0].version())
+    runs = tomexport.verify(path, backend="onnxruntime", kernels=library).runs
+    assert [run.kernels for run in runs] == [True, False]
+    with pytest.raises(BackendError, match="There is no library nowhere"):
+        tomexport.verify(files / "model.xml", kernels="nowhere")
+
+
+def test_kernels_that_compute_something_else_fail(fused, files, monkeypatch):
+    """The fused form is judged by itself: standard operators cannot cover for it."""
+    run = _Session.run
+
+    def slightly_off(session, images):
+        output, *rest = run(session, images)
+        return [output + 1e-2 * session.kernels, *rest]
+
+    monkeypatch.setattr(_Session, "run", slightly_off)
+    wrong, right = tomexport.verify(files / "model.onnx", backend="onnxruntime").runs
+    assert (wrong.kernels, wrong.passed) == (True, False)
+    assert (right.kernels, right.passed) == (False, True)
 
 
 def test_lower_precisions_are_reported_not_gated(files):

@@ -29,7 +29,7 @@ from tomexport.kernels import cache
 from tomexport.kernels.cache import Library
 
 KERNELS = Path(__file__).parent
-RUNTIMES = ("onnxruntime", "openvino")
+_UNKNOWN = "unknown"
 _VARIABLES = ("CXX", "CXXFLAGS", "LDFLAGS", "CMAKE_TOOLCHAIN_FILE")  # that CMake heeds
 _ERROR = re.compile(r"(?m)^.*\berror: .*$|^CMake Error[\s\S]*?\.$")  # a compiler's, or CMake's
 
@@ -121,7 +121,8 @@ def _place(target: Target) -> Path:
     """Return where in the cache a target belongs."""
     text = json.dumps(_ingredients(target), sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return cache.folder() / f"{target.runtime}-{target.version}-{target.march}-{digest}"
+    version = target.version or _UNKNOWN
+    return cache.folder() / f"{target.runtime}-{version}-{target.march}-{digest}"
 
 
 def _ingredients(target: Target) -> dict[str, object]:
@@ -186,7 +187,7 @@ def _make(target: Target, folder: Path, workspace: Path) -> Library:
         built.rename(path)
         path.chmod(0o700)
         size = path.stat().st_size
-    elif target.toolchain and target.runtime == "openvino":
+    elif error and target.toolchain and target.runtime == "openvino":
         error += (
             " (the toolchain file must set CMAKE_PREFIX_PATH or OpenVINO_DIR to the OpenVINO of "
             "the other machine)"
@@ -195,7 +196,7 @@ def _make(target: Target, folder: Path, workspace: Path) -> Library:
     return Library(
         path=path,
         runtime=target.runtime,
-        version=target.version or (stated.read_text().strip() if stated.exists() else "unknown"),
+        version=target.version or (stated.read_text().strip() if stated.exists() else _UNKNOWN),
         march=target.march,
         system=f"{platform.system()} {platform.machine()}",
         compiler=str(target.toolchain) if target.toolchain else _compiler(target).split("\n")[0],
