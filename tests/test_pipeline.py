@@ -253,3 +253,27 @@ def test_ir_that_openvino_cannot_write(tmp_path, seeded, monkeypatch):
 
 def test_every_backend_has_a_name_of_its_own():
     assert len({backend.name for backend in BACKENDS}) == len(BACKENDS)
+
+
+def test_baselines_are_written_beside_the_file_and_found_by_profile(seeded, tmp_path):
+    report = tomexport.export(
+        seeded("test_vit"), "const:8", tmp_path / "m.onnx", verify=False, with_baselines=True
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"m.onnx", "m.none.onnx", "m.bound.onnx"}
+    none, bound = (r.metadata.plan for r in report.baselines)
+    assert none.removed_total == 0
+    assert [s.removed for s in bound.steps] == [s.removed for s in report.metadata.plan.steps]
+    assert bound.method == "bound"
+    assert not report.baselines[1].metadata.decisions
+    graph = onnx.load(tmp_path / "m.bound.onnx")
+    assert not graph.functions
+    assert all(node.domain == "" for node in graph.graph.node)
+
+
+def test_a_baseline_that_is_there_stops_the_export_before_any_work(seeded, tmp_path):
+    (tmp_path / "m.none.onnx").write_text("mine")
+    with pytest.raises(ExportError, match=r"m\.none\.onnx exists already"):
+        tomexport.export(
+            seeded("test_vit"), "const:8", tmp_path / "m.onnx", verify=False, with_baselines=True
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["m.none.onnx"]

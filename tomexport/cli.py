@@ -149,6 +149,8 @@ def cli() -> None:
     click.option("--no-verify", is_flag=True, help="Do not compare the file with PyTorch."),
     click.option("--force", is_flag=True, help="Replace an existing file."),
     click.option("--keep", is_flag=True, help="Leave the file even if it fails."),
+    click.option("--with-baselines", is_flag=True,
+                 help="Write what profile compares it with, too: STEM.none and STEM.bound."),
     _json,
     _debug,
 )  # fmt: skip

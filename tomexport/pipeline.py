@@ -33,6 +33,7 @@ from tomexport.errors import (
     pick,
 )
 from tomexport.plan import Plan, Schedule
+from tomexport.runtime.baselines import BOUND, NONE
 from tomexport.runtime.load import readers
 from tomexport.runtime.verify import VerifyReport
 from tomexport.runtime.verify import verify as verify_file
@@ -74,6 +75,7 @@ class ExportReport:
         metadata: what the file says of itself.
         verify: the proof, or None if it was not asked for.
         notes: what the user should know.
+        baselines: the same of the files that it is measured against, if they were asked for.
     """
 
     path: str
@@ -81,6 +83,7 @@ class ExportReport:
     metadata: Metadata
     verify: VerifyReport | None
     notes: tuple[str, ...]
+    baselines: tuple[ExportReport, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain JSON data."""
@@ -91,6 +94,7 @@ class ExportReport:
             "notes": self.notes,
             "metadata": metadata,
             "verify": self.verify.to_dict() if self.verify else None,
+            "baselines": [report.to_dict() for report in self.baselines],
         }
 
 
@@ -177,6 +181,7 @@ def export(
     images: Images | None = None,
     force: bool = False,
     keep: bool = False,
+    with_baselines: bool = False,
     progress: Progress = _silent,
 ) -> ExportReport:
     """Export a model with reduced tokens, and prove the file before it appears.
@@ -202,6 +207,8 @@ def export(
         images: loads images of the user's own to compare on as well.
         force: replace an existing file.
         keep: leave the file even if it fails.
+        with_baselines: write two more files beside it, which `profile` compares it with: STEM.none,
+            nothing merged, and STEM.bound, as if merging were free.
         progress: is told what is being done.
 
     Raises: VerifyError if the file does not compute what PyTorch computes, ExportError if it
@@ -210,6 +217,9 @@ def export(
     wanted = Schedule.parse(schedule)
     output = Path(output)
     ops = _check_request(model, output, ops, batch, opset, half, force)
+    baselines = _baselines(schedule, method) if with_baselines else {}
+    for name in baselines:
+        check_output(model, _beside(output, name), force)
     progress("finding the model")
     found = _find(model, arch=arch, img_size=img_size, random_weights=random_weights)
     progress("planning and rewriting")
@@ -240,7 +250,26 @@ def export(
     if failed:
         assert proof is not None
         raise ProofError(proof, kept=keep)
-    return ExportReport(str(output), files, metadata, proof, (*found.notes, *reduced.plan.notes))
+    peers = tuple(
+        export(
+            model, other_schedule, _beside(output, name), method=other_method, arch=arch,
+            batch=batch, img_size=img_size, opset=opset, ops=ops, half=half, prop_attn=prop_attn,
+            random_weights=random_weights, verify=verify, force=force, keep=keep,
+            progress=progress,
+        )
+        for name, (other_schedule, other_method) in baselines.items()
+    )  # fmt: skip
+    notes = (*found.notes, *reduced.plan.notes)
+    return ExportReport(str(output), files, metadata, proof, notes, peers)
+
+
+def _baselines(schedule: str, method: str) -> dict[str, tuple[str, str]]:
+    """Return schedule and method of what a file is measured against, by name."""
+    return {NONE: ("none", method), BOUND: (schedule, BOUND)}
+
+
+def _beside(output: Path, name: str) -> Path:
+    return output.with_name(f"{output.stem}.{name}{output.suffix}")
 
 
 class ProofError(VerifyError):

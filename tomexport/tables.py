@@ -50,6 +50,13 @@ def plan_table(plan: Plan) -> RenderableType:
         f"{plan.predicted_speedup:.2f}×"
     )
     notes = [Text(f"* {note}") for note in plan.notes]
+    if plan.macs_spared:
+        spared = (
+            f"{plan.macs_spared / 1e9:.3f} GMACs of these are not computed: the head reads the "
+        )
+        notes.append(
+            Text(f"{spared}class token alone, so the last block computes no other (exact)")
+        )
     return Group(table, Text(summary), *notes)
 
 
@@ -157,7 +164,7 @@ def export_summary(report: ExportReport) -> RenderableType:
             f"{plan.macs / 1e9:.3f} of {plan.macs_unreduced / 1e9:.3f} GMACs"
         )
     )
-    for file, size in report.files.items():
+    for file, size in [pair for r in (report, *report.baselines) for pair in r.files.items()]:
         parts.append(Text(f"saved: {file} ({size / 2**20:.1f} MiB)"))
     return Group(*parts)
 

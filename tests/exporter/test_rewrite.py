@@ -170,3 +170,30 @@ def test_a_plan_of_another_model_is_refused(seeded):
     plan = tomexport.plan(seeded("test_vit2"), "const:4")
     with pytest.raises(PlanError, match="8 steps, the model 6 block calls"):
         ReducedModel(seeded("test_vit"), plan, TOME)
+
+
+@pytest.mark.parametrize(
+    ("name", "n_read"),
+    [("deit_tiny_patch16_224", 1), ("deit_tiny_distilled_patch16_224", 2)],
+)
+def test_what_the_head_does_not_read_is_spared(seeded, name, n_read):
+    """DeiT-Tiny's last block: 196 tokens without query, projection and MLP; 197 keys and values."""
+    plan = tomexport.plan(name, "none")
+    n = plan.steps[-1].tokens_in
+    width = 192
+    assert plan.macs_spared == (n - n_read) * (2 * width**2 + 2 * width * n + 8 * width**2)
+    assert tomexport.plan("vit_base_patch16_siglip_224", "none").macs_spared == 0
+
+
+def test_folded_weights_compute_the_same_and_leave_the_model_alone(seeded, natural_images):
+    model = seeded("deit3_small_patch16_224", depth=3)  # LayerScale
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    image = torch.from_numpy(natural_images(224)[:1])
+    reduced = tomexport.reduce(model, "const:16")
+    folded = reduced.folded()
+    with torch.no_grad():
+        expected = reduced(image)
+        assert (folded(image) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert folded.net.blocks[0].attn.scale == 1
+    assert isinstance(folded.net.blocks[0].ls1, nn.Identity)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
