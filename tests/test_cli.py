@@ -710,7 +710,7 @@ def test_kernels_are_built_listed_and_cleaned(run, fused, tmp_path, monkeypatch)
     assert json.loads(run("kernels", "clean", "--json").out)["removed"] == 0
 
 
-def test_kernels_for_another_machine(run, here):
+def test_kernels_for_another_machine(run, here, compiler):
     outcome = run("kernels", "build", "--runtime", "onnxruntime", "--march", "x86-64-v3",
                   "--out", ".", "--json")  # fmt: skip
     if platform.machine() != "x86_64":
@@ -738,7 +738,7 @@ def test_kernels_that_cannot_be_built_are_refused(run, here, arguments, words):
     assert listing(here) == {}
 
 
-def test_a_failed_build_says_why_and_where_the_log_is(run, here, monkeypatch):
+def test_a_failed_build_says_why_and_where_the_log_is(run, here, monkeypatch, compiler):
     monkeypatch.setenv("TOMEXPORT_CACHE", str(here / "cache"))
     monkeypatch.setenv("CXX", "false")
     error = run("kernels", "build", "--runtime", "onnxruntime").error()
@@ -749,7 +749,7 @@ def test_a_failed_build_says_why_and_where_the_log_is(run, here, monkeypatch):
     assert "failed" in run("kernels", "list").out
 
 
-def test_the_line_while_building_goes_to_stderr(exported, tmp_path, monkeypatch):
+def test_the_line_while_building_goes_to_stderr(exported, tmp_path, monkeypatch, compiler):
     monkeypatch.setenv("TOMEXPORT_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("TOMEXPORT_KERNELS")
     outcome = spawn("verify", exported, "--backend", "onnxruntime", "--json")

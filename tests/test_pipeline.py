@@ -143,9 +143,17 @@ def test_requests_that_cannot_be_met(tmp_path, seeded, options, error, message):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_custom_nodes_in_an_ir_are_refused(tmp_path, seeded):
-    with pytest.raises(ExportError, match="can be read only where a library for them is loaded"):
-        tomexport.export(seeded("test_vit"), "const:8", tmp_path / "model.xml", ops="custom")
+def test_an_ir_with_nodes_of_our_own_is_refused_without_kernels(tmp_path, seeded, monkeypatch):
+    wanted = r"model\.xml with nodes of our own can be written, and read, only with fused kernels"
+    model, path = seeded("test_vit"), tmp_path / "model.xml"
+    with pytest.raises(ExportError, match=f"{wanted}.*Fused kernels are off.*--ops portable"):
+        tomexport.export(model, "const:8", path, ops="custom")
+    monkeypatch.delenv("TOMEXPORT_KERNELS")
+    monkeypatch.setenv("TOMEXPORT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ExportError, match=f"{wanted}.*for want of"):
+        tomexport.export(model, "const:8", path, ops="custom")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_model_that_gives_nan_is_refused(tmp_path, seeded):

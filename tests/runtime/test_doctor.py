@@ -31,7 +31,7 @@ def test_kernels_that_load(fused):
     assert diagnose().kernels == expected
 
 
-def test_kernels_that_are_not_built_yet(empty):
+def test_kernels_that_are_not_built_yet(compiler, empty):
     assert diagnose().kernels == dict.fromkeys(
         RUNTIMES, "not built yet; the first session builds them"
     )

@@ -56,7 +56,7 @@ def without_tools(monkeypatch, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def own_ir(seeded, tmp_path_factory, kernel_cache):
+def own_ir(compiler, seeded, tmp_path_factory, kernel_cache):
     """An IR with nodes of our own, and what was said when it was made."""
     path = tmp_path_factory.mktemp("own") / "own.xml"
     with pytest.MonkeyPatch.context() as patch:
@@ -121,12 +121,12 @@ def test_four_threads_may_call_one_session(fused, files, images, backend, kernel
         assert np.abs(output - alone[index % len(images)]).max() < 1e-5
 
 
-def test_four_processes_with_an_empty_cache_build_once(files, images, tmp_path, monkeypatch):
+def test_four_processes_build_once(compiler, files, images, tmp_path, monkeypatch):
     """The real sources, real compiler and real runtime; the compiler counts its calls."""
-    counter, compiler = tmp_path / "calls", tmp_path / "c++"
-    compiler.write_text(f'#!/bin/sh\necho "$*" >> {counter}\nexec {shutil.which("c++")} "$@"\n')
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
+    counter, counting = tmp_path / "calls", tmp_path / "c++"
+    counting.write_text(f'#!/bin/sh\necho "$*" >> {counter}\nexec {compiler} "$@"\n')
+    counting.chmod(0o755)
+    monkeypatch.setenv("CXX", str(counting))
     monkeypatch.setenv("TOMEXPORT_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("TOMEXPORT_KERNELS")
     np.save(tmp_path / "image.npy", images[:1])
