@@ -57,7 +57,7 @@ class StandIn:
 
 
 @pytest.fixture
-def stand_in(tmp_path, monkeypatch) -> StandIn:
+def stand_in(compiler, tmp_path, monkeypatch) -> StandIn:
     made = StandIn(tmp_path / "kernels", tmp_path / "cache", tmp_path / "builds.log")
     (made.sources / "native").mkdir(parents=True)
     (made.sources / "native/CMakeLists.txt").write_text(_PROJECT.format(builds=made.log))

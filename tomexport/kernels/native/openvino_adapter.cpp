@@ -30,14 +30,15 @@ template <class Operator> class Node : public ov::op::Op {
     }
 
     void validate_and_infer_types() override {
-        const ov::PartialShape x = get_input_partial_shape(0), size = get_input_partial_shape(1),
-                               signal = get_input_partial_shape(2);
-        NODE_VALIDATION_CHECK(this, x.rank().compatible(3) && size.rank().compatible(3) &&
-                                        signal.rank().compatible(4),
-                              "x (B,N,C), size (B,N,1) and signal (B,G,N,D) wanted, not ", x, ", ",
-                              size, " and ", signal);
-        ov::Dimension n_batch, n, n_channels, n_out;
-        if (x.rank().is_static()) n_batch = x[0], n = x[1], n_channels = x[2];
+        ov::PartialShape x = get_input_partial_shape(0), size = get_input_partial_shape(1),
+                         signal = get_input_partial_shape(2);
+        ov::Dimension n_batch, n, n_out;
+        const bool fits = x.merge_rank(3) && size.merge_rank(3) && signal.merge_rank(4) &&
+                          ov::Dimension::merge(n, x[1], size[1]) && ov::Dimension::merge(n, n, signal[2]) &&
+                          ov::Dimension::merge(n_batch, x[0], signal[0]) && size[2].compatible(1) &&
+                          (size[0].compatible(1) || size[0].compatible(n_batch));
+        NODE_VALIDATION_CHECK(this, fits, "x (B,N,C), size (B,N,1) and signal (B,G,N,D) wanted, not ", x,
+                              ", ", size, " and ", signal);
         if (n.is_static()) {
             const char *why = Operator(r_, n_prefix_).refusal(n.get_length());
             NODE_VALIDATION_CHECK(this, !why, "r = ", r_, " of ", n, " tokens: ", why);
@@ -47,7 +48,7 @@ template <class Operator> class Node : public ov::op::Op {
         NODE_VALIDATION_CHECK(this, type == ov::element::f32 || type == ov::element::bf16, "x is ", type);
         NODE_VALIDATION_CHECK(this, get_input_element_type(2) == type, "signal is of another type than x");
         NODE_VALIDATION_CHECK(this, get_input_element_type(1) == ov::element::f32, "size is not f32");
-        set_output_type(0, type, {n_batch, n_out, n_channels});
+        set_output_type(0, type, {n_batch, n_out, x[2]});
         set_output_type(1, ov::element::f32, {n_batch, n_out, 1});
         set_output_type(2, ov::element::i64, {n_batch, n});
     }
