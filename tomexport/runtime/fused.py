@@ -108,7 +108,8 @@ def cannot_load(backend: Backend, library: Path, err: Exception) -> str:
 
 def has_own_nodes(path: Path) -> bool:
     """Tell whether a file has nodes of our domain, without reading all of it into memory."""
-    if path.stat().st_size == 0:
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return data.find(_MARKS[path.suffix]) >= 0
+    except (OSError, ValueError):  # it cannot be read, or is empty: the runtime says so
         return False
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return content.find(_MARKS[path.suffix]) >= 0

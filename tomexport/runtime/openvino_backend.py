@@ -84,7 +84,7 @@ class OpenVino:
             return OnnxRuntime().read_text(path)
         try:  # as text, which needs no kernels
             entries = ET.parse(path).getroot().find(f"rt_info/{DOMAIN}")
-        except ET.ParseError as err:
+        except (ET.ParseError, OSError, ValueError, LookupError) as err:
             raise BackendError(f"{path} is not a readable IR file ({err}).") from err
         return {} if entries is None else {e.tag: e.get("value", "") for e in entries}
 
