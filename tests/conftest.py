@@ -10,7 +10,7 @@ os.environ["TOMEXPORT_KERNELS"] = "off"  # a test that wants fused kernels takes
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -20,6 +20,7 @@ from torch import nn
 
 from tomexport.exporter.weights import seed_weights
 from tomexport.exporter.zoo import timm
+from tomexport.kernels import build
 
 settings.register_profile("ci", derandomize=True, deadline=None)
 settings.load_profile("ci")
@@ -41,8 +42,36 @@ def seeded() -> Callable[..., nn.Module]:
     return build
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "compiler" in getattr(item, "fixturenames", ()):
+            item.add_marker("native")
+
+
 @pytest.fixture(scope="session")
-def kernel_cache(tmp_path_factory) -> Path:
+def lacking() -> Callable[[str, str], NoReturn]:
+    """Skip a test for what is not here, with the command that brings it. CI must have it."""
+
+    def skip(what: str, command: str) -> NoReturn:
+        why = f"without {what}; to run this test: {command}"
+        if os.environ.get("TOMEXPORT_REQUIRE_NATIVE"):
+            pytest.fail(why)
+        pytest.skip(why)
+
+    return skip
+
+
+@pytest.fixture(scope="session")
+def compiler(lacking) -> str:
+    """The C++ compiler of this machine, which has CMake as well."""
+    tools = build.tools()
+    if None in tools.values():
+        lacking("a C++ compiler and CMake", "apt install g++ cmake")
+    return str(tools["c++"])
+
+
+@pytest.fixture(scope="session")
+def kernel_cache(compiler, tmp_path_factory) -> Path:
     """A cache of kernels that all processes of one test run share."""
     folder = tmp_path_factory.getbasetemp()
     if os.environ.get("PYTEST_XDIST_WORKER"):

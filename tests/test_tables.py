@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 
 from rich.console import Console
-from tests.made_up_profile import report
 
+from tests.made_up_profile import report, variant
 from tomexport import tables
+from tomexport.runtime.timing import Interval
 
 
 def _printed(renderable, width):
@@ -26,10 +28,21 @@ def test_a_profile_fits_a_hundred_columns():
     ]
     fused = next(line for line in lines if line.startswith("fused"))
     assert fused.split() == ["fused", "8.00", "7.60", "9.60", "16.00", "200", "1.25×",
-                             "(1.23–1.27)", "3.0%", "(2.0–4.0)", "39"]  # fmt: skip
+                             "(1.23–1.27)", "3.0%", "(2.0–4.0)", "39", "(30–50)"]  # fmt: skip
     assert "Merging pays." in lines
     assert "operators of fused, 1.00 ms as profiled: merging 10.0%" in lines
     assert "Merge     merging      6     16.7  10.0%" in lines
+
+
+def test_the_widest_intervals_fit_too():
+    made = report()
+    wide = variant(
+        "portable", 123.45, speedup=Interval(0.57, 0.41, 0.62),
+        overhead=Interval(0.965, 0.799, 2.85), us_per_merge=Interval(1386, -283, 1605),
+    )  # fmt: skip
+    run = dataclasses.replace(made.runs[0], variants=(wide, *made.runs[0].variants[1:]))
+    lines = _printed(tables.profile_table(dataclasses.replace(made, runs=(run,))), 100)
+    assert any(line.endswith("96.5% (79.9–285.0) 1386 (-283–1605)") for line in lines)
 
 
 def test_a_profile_that_is_too_slow_says_so():

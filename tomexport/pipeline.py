@@ -33,7 +33,7 @@ from tomexport.errors import (
     pick,
 )
 from tomexport.plan import Plan, Schedule
-from tomexport.runtime.baselines import BOUND, NONE
+from tomexport.runtime.baselines import BOUND, NONE, beside
 from tomexport.runtime.load import readers
 from tomexport.runtime.verify import VerifyReport
 from tomexport.runtime.verify import verify as verify_file
@@ -219,7 +219,7 @@ def export(
     ops = _check_request(model, output, ops, batch, opset, half, force)
     baselines = _baselines(schedule, method) if with_baselines else {}
     for name in baselines:
-        check_output(model, _beside(output, name), force)
+        check_output(model, beside(output, name), force)
     progress("finding the model")
     found = _find(model, arch=arch, img_size=img_size, random_weights=random_weights)
     progress("planning and rewriting")
@@ -252,7 +252,7 @@ def export(
         raise ProofError(proof, kept=keep)
     peers = tuple(
         export(
-            model, other_schedule, _beside(output, name), method=other_method, arch=arch,
+            model, other_schedule, beside(output, name), method=other_method, arch=arch,
             batch=batch, img_size=img_size, opset=opset, ops=ops, half=half, prop_attn=prop_attn,
             random_weights=random_weights, verify=verify, force=force, keep=keep,
             progress=progress,
@@ -266,10 +266,6 @@ def export(
 def _baselines(schedule: str, method: str) -> dict[str, tuple[str, str]]:
     """Return schedule and method of what a file is measured against, by name."""
     return {NONE: ("none", method), BOUND: (schedule, BOUND)}
-
-
-def _beside(output: Path, name: str) -> Path:
-    return output.with_name(f"{output.stem}.{name}{output.suffix}")
 
 
 class ProofError(VerifyError):

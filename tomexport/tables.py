@@ -14,6 +14,7 @@ from tomexport.pipeline import ExportReport
 from tomexport.plan import Plan
 from tomexport.runtime.doctor import Diagnosis
 from tomexport.runtime.profile import ProfileReport, Run, Variant, percent, times
+from tomexport.runtime.timing import Interval
 from tomexport.runtime.verify import VerifyReport
 
 
@@ -123,6 +124,7 @@ def _run_table(run: Run) -> RenderableType:
     cpus = f" on CPUs {', '.join(map(str, run.cpus))}" if run.cpus else ""
     threads = f", {run.threads} threads{cpus}" if run.threads else ""
     table = _table("", "ms", "p20", "p90", "p99", "MiB", "speed-up", "over bound", "µs/merge")
+    table.collapse_padding = True  # intervals are wide where a machine is not quiet
     for each in run.variants:
         table.add_row(
             each.name,
@@ -130,10 +132,14 @@ def _run_table(run: Run) -> RenderableType:
             f"{each.peak_memory / 2**20:.0f}" if each.peak_memory else "–",
             times(each.speedup) if each.speedup else "",
             percent(each.overhead) if each.overhead else "",
-            f"{each.us_per_merge.value:.0f}" if each.us_per_merge else "",
+            _whole(each.us_per_merge) if each.us_per_merge else "",
         )
     name = f"{run.backend} {run.device} {run.precision}, batch {run.batch}"
     return Group(Text(f"{name}{threads}, {run.rounds} rounds"), table)
+
+
+def _whole(figure: Interval) -> str:
+    return f"{figure.value:.0f} ({figure.low:.0f}–{figure.high:.0f})"
 
 
 def _operators_table(variant: Variant, n_rows: int = 8) -> RenderableType:

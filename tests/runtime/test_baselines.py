@@ -118,7 +118,7 @@ def test_the_command_for_baselines_can_be_run(tmp_path):
     assert options["--schedule"] == "const:8"
     assert (options["--batch"], options["--opset"], options["--img-size"]) == ("2", "20", "160x160")
     known = {opt for parameter in cli.commands["export"].params for opt in parameter.opts}
-    assert {word for word in arguments if word.startswith("-")} <= known | {"--with-baselines"}
+    assert {word for word in arguments if word.startswith("-")} <= known
     assert {"--no-prop-attn", "--with-baselines", "--force"} <= set(arguments)
 
 

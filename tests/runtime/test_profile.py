@@ -272,12 +272,12 @@ PAYS = {
     "no baseline": (1.36, None, "Whether merging pays cannot be said without the unmerged model."),
 }  # fmt: skip
 COST = {
-    "costs": (COSTS, FASTER, "costs 5.0% (4.0–6.0) over free merging, which would give 1.20×"),
-    "free": (FREE, MUCH, "costs nothing that can be told from noise, 1.0% (-1.0–2.0), which"),
+    "costs": (COSTS, FASTER, "costs 5.0% (4.0–6.0) over the bound; free merging would give 1.20×"),
+    "free": (FREE, MUCH, "costs nothing that can be told from noise, 1.0% (-1.0–2.0); free"),
     "faster than free": (LESS, MUCH, "than its free-merge bound, -3.0% (-4.0–-2.0): no bound"),
     "no hope": (COSTS, SLOWER, "even free merging would be slower than none: 0.90× (0.85–0.95)"),
     "hardly any": (COSTS, UNCLEAR, "even free merging would not pay that one could tell"),
-    "bound alone": (COSTS, None, "Merging itself costs 5.0% (4.0–6.0) over free merging."),
+    "bound alone": (COSTS, None, "Merging itself costs 5.0% (4.0–6.0) over the bound."),
     "no bound": (None, None, "What merging itself costs cannot be said without the free-merge"),
 }  # fmt: skip
 

@@ -25,6 +25,11 @@ def forms(path: Path, metadata: Metadata, kernels: str) -> dict[str, tuple[str, 
     return fused | {PORTABLE: (str(path), "off" if fused else kernels)}
 
 
+def beside(path: Path, name: str) -> Path:
+    """Return where the baseline of a file lies: model.onnx has model.none.onnx."""
+    return path.with_name(f"{path.stem}.{name}{path.suffix}")
+
+
 def find(
     backend: Backend, path: Path, metadata: Metadata, given: dict[str, str | Path | None]
 ) -> tuple[dict[str, tuple[Path, Metadata]], list[str]]:
@@ -39,7 +44,7 @@ def find(
     found: dict[str, tuple[Path, Metadata]] = {}
     missing: list[str] = []
     for name, file in given.items():
-        peer = Path(file) if file else path.with_name(f"{path.stem}.{name}{path.suffix}")
+        peer = Path(file) if file else beside(path, name)
         if file or peer.is_file():
             require_readable(peer, backend)
             found[name] = (peer, read_artifact(backend, peer)[0])

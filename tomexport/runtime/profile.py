@@ -374,7 +374,7 @@ def _what_it_costs(overhead: Interval | None, bound: Interval | None) -> str:
     if overhead is None:
         return "What merging itself costs cannot be said without the free-merge bound."
     if overhead.low > 0:
-        cost = f"Merging itself costs {percent(overhead)} over free merging"
+        cost = f"Merging itself costs {percent(overhead)} over the bound"
     elif overhead.high >= 0:
         cost = f"Merging itself costs nothing that can be told from noise, {percent(overhead)}"
     else:
@@ -382,10 +382,10 @@ def _what_it_costs(overhead: Interval | None, bound: Interval | None) -> str:
     if bound is None:
         return f"{cost}."
     if bound.high < 1:
-        return f"{cost}, and even free merging would be slower than none: {times(bound)}."
+        return f"{cost}; even free merging would be slower than none: {times(bound)}."
     if bound.low <= 1:
-        return f"{cost}, and even free merging would not pay that one could tell: {times(bound)}."
-    return f"{cost}, which would give {times(bound)}."
+        return f"{cost}; even free merging would not pay that one could tell: {times(bound)}."
+    return f"{cost}; free merging would give {times(bound)}."
 
 
 def times(ratio: Interval) -> str:
