@@ -66,7 +66,7 @@ def test_kernels_that_failed_or_do_not_load(fused, empty, monkeypatch):
     assert "could not be built: no luck. The log is" in diagnose().kernels["onnxruntime"]
 
 
-def test_a_cache_of_others_is_named(empty):
+def test_a_cache_of_others_is_named(compiler, empty):
     empty.mkdir()
     empty.chmod(0o777)
     diagnosis = diagnose()
