@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import tomexport
+from tomexport.artifact import golden_images
 from tomexport.errors import BackendError
 from tomexport.runtime import timing
 from tomexport.runtime.timing import Interval, Job, medians, take_turns, worker
@@ -129,6 +131,36 @@ def test_a_worker_stands_still_until_it_is_asked_and_is_gone_afterwards(job):
         assert 2**24 < timed.peak_memory() < 2**34
         assert _wait_until(lambda: _state(pid) == "T")
     assert _state(pid) is None
+
+
+def test_a_worker_tells_what_it_computes(job):
+    expected = tomexport.load(job.path, "onnxruntime", threads=1, kernels="off")
+    with worker(job) as timed:
+        found = timed.output()
+    images = golden_images(expected.input_shape[1:], 1)
+    np.testing.assert_array_equal(found, expected(images))
+    assert found.shape == (1, 1000)
+
+
+def test_a_long_call_brings_the_caches_back_itself(monkeypatch):
+    class Slow:
+        calls = 0
+
+        def run(self, images):
+            self.calls += 1
+            time.sleep(0.01)
+            return [images]
+
+    def calls_of_a_turn():
+        before = bench.session.calls
+        assert len(bench.time(0)) == 1
+        return bench.session.calls - before
+
+    bench = timing._Bench()
+    bench.session, bench.images = Slow(), np.zeros(1)
+    assert [calls_of_a_turn(), calls_of_a_turn()] == [2, 2]
+    monkeypatch.setattr(timing, "LONG_CALL_S", 0.01)
+    assert calls_of_a_turn() == 1
 
 
 @linux
