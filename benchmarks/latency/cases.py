@@ -1,0 +1,187 @@
+"""What is measured: models, schedules, runtimes, and how they are grouped.
+
+A group is one interleaved measurement: all its variants take turns in every round, so that each
+ratio is formed within rounds. It holds as many schedules as memory allows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from tomexport.runtime.timing import LONG_CALL_S
+
+FUSED, PORTABLE, BOUND, NAIVE = "fused", "portable", "bound", "naive"  # one each per schedule
+NONE, TIMM, SLICE = "none", "timm", "slice"
+SCHEDULES = ("const:8", "const:13", "linear:13", "exp:0.25,0", "exp:0.1,0.6", "exp:0.4,0.2")
+HEADLINE = ("const:8", "exp:0.25,0")  # in a group of their own where rounds are many
+HEADLINE_ROUNDS, REWRITE_ROUNDS = 200, 100
+BATCHES = (1, 8)
+TURN_S = 0.04  # of each variant, unless two calls take longer
+# what can be turned off, alone, in the export
+REWRITES = {
+    "qkv": "q, k, v by one transposition and one Split, not a Slice each",
+    "scale": "scale of the attention folded into the weights",
+    "LayerScale": "LayerScale folded into the weights (of the model with LayerScale)",
+    "last block": "last block computes the class token alone",
+    "GELU": "GELU in the form that runtimes fuse",
+}
+REWRITE_SCHEDULE = "const:8"  # of the bound and of the slice export that it is held against
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model to measure.
+
+    Attributes:
+        name: of timm.
+        gmacs: of one image, to estimate how long it will take.
+        rounds: least rounds by batch.
+        at_once: schedules in one group; a large model has one process for each variant.
+    """
+
+    name: str
+    gmacs: float = 1.0
+    rounds: tuple[tuple[int, int], ...] = ((1, 12), (8, 6))
+    at_once: int = 6
+
+
+MODELS = (
+    Model("deit_tiny_patch16_224", 1.3, ((1, 40), (8, 12))),
+    Model("deit_small_patch16_224", 4.6, ((1, 24), (8, 6))),
+    Model("vit_base_patch16_224", 17.6, at_once=3),
+    Model("vit_small_patch16_384", 15.5),
+)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A runtime, its device, and the precision that it is asked for; None for its own."""
+
+    name: str
+    backend: str
+    precision: str | None = "f32"
+    device: str = "CPU"
+
+
+GPU = Runtime("gpu", "onnxruntime", device="CUDA")  # PyTorch's CUDA where ONNX Runtime has none
+RUNTIMES = (
+    Runtime("onnxruntime", "onnxruntime"),
+    Runtime("openvino", "openvino"),
+    Runtime("openvino-default", "openvino", None),
+    GPU,
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A file and how it runs.
+
+    Attributes:
+        form: FUSED, PORTABLE, BOUND, NAIVE, NONE, TIMM, SLICE, or for the rewrites "all", which is
+            NONE of the model with LayerScale, and "without …".
+        schedule: what it removes; "none" for nothing.
+    """
+
+    form: str
+    schedule: str = "none"
+
+    @property
+    def file(self) -> Variant:
+        """The variant as its file is called: fused and portable are one file run in two ways."""
+        return Variant(FUSED, self.schedule) if self.form == PORTABLE else self
+
+
+@dataclass(frozen=True)
+class Group:
+    """One interleaved measurement.
+
+    Attributes:
+        part: "schedules" or "rewrites".
+        model, batch, runtime: what runs, and where.
+        schedules: that are compared in it.
+        rounds: at least so many.
+        variants: what takes turns.
+    """
+
+    part: str
+    model: Model
+    batch: int
+    runtime: Runtime
+    schedules: tuple[str, ...]
+    rounds: int
+    variants: tuple[Variant, ...]
+
+    @property
+    def key(self) -> tuple[str, str, int, str, tuple[str, ...]]:
+        """What tells it from other groups."""
+        return self.part, self.model.name, self.batch, self.runtime.name, self.schedules
+
+    @property
+    def title(self) -> str:
+        """What it is, in a line."""
+        return (
+            f"{self.part}, {self.model.name}, batch {self.batch}, {self.runtime.name}, "
+            f"{' '.join(self.schedules)}"
+        )
+
+    @property
+    def estimate_s(self) -> float:
+        """How long it takes on two cores that compute 75 GMACs a second each."""
+        gmacs_per_s = 150 if self.runtime.precision == "f32" else 500
+        call = self.model.gmacs * self.batch / gmacs_per_s
+        turn = call if call >= LONG_CALL_S else max(TURN_S + 0.02, 2 * call)
+        return (self.rounds + 2) * len(self.variants) * turn + len(self.variants)
+
+
+def schedule_variants(schedules: Sequence[str]) -> tuple[Variant, ...]:
+    """Return every form of every schedule, and what they are compared with."""
+    forms = (FUSED, PORTABLE, BOUND, NAIVE)
+    return (Variant(NONE), Variant(TIMM), *(Variant(f, s) for s in schedules for f in forms))
+
+
+def rewrite_variants(names: Sequence[str]) -> tuple[Variant, ...]:
+    """Return the unmerged export with each rewrite off, and what tests the bound's honesty."""
+    without = (Variant(f"without {name}") for name in names)
+    compared = (Variant(BOUND, REWRITE_SCHEDULE), Variant(SLICE, REWRITE_SCHEDULE))
+    return (Variant(NONE), Variant(TIMM), *without, Variant("all"), *compared)
+
+
+def groups(
+    models: Sequence[Model],
+    batches: Sequence[int],
+    schedules: Sequence[str],
+    runtimes: Sequence[Runtime],
+    rewrites: Sequence[str],
+    rounds: int | None,
+) -> Iterator[Group]:
+    """Yield all groups; the rewrites, unless none is named, on the first model at batch 1."""
+    for model in models:
+        for batch in batches:
+            for chunk, planned in _chunks(model, batch, schedules):
+                for runtime in runtimes:
+                    variants = schedule_variants(chunk)
+                    yield Group(
+                        "schedules", model, batch, runtime, chunk, rounds or planned, variants
+                    )
+    for runtime in runtimes if rewrites else ():
+        if runtime is not GPU:
+            yield Group(
+                "rewrites", models[0], 1, runtime, (REWRITE_SCHEDULE,),
+                rounds or REWRITE_ROUNDS, rewrite_variants(rewrites),
+            )  # fmt: skip
+
+
+def _chunks(
+    model: Model, batch: int, schedules: Sequence[str]
+) -> Iterator[tuple[tuple[str, ...], int]]:
+    """Yield the schedules of each group, and its rounds."""
+    rounds = dict(model.rounds).get(batch, 6)
+    rest = tuple(schedules)
+    if model is MODELS[0] and batch == 1:
+        headline = tuple(each for each in schedules if each in HEADLINE)
+        if headline:
+            yield headline, HEADLINE_ROUNDS
+        rest = tuple(each for each in schedules if each not in HEADLINE)
+    for start in range(0, len(rest), model.at_once):
+        yield rest[start : start + model.at_once], rounds

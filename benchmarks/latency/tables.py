@@ -1,0 +1,328 @@
+"""Results → Markdown: RESULTS.md with every row, and the README's short tables."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.latency.cases import (
+    BOUND,
+    FUSED,
+    MODELS,
+    NAIVE,
+    NONE,
+    PORTABLE,
+    REWRITE_SCHEDULE,
+    REWRITES,
+    SCHEDULES,
+    SLICE,
+    TIMM,
+)
+from benchmarks.latency.results import Results
+from tomexport.runtime.profile import percent, times
+from tomexport.runtime.timing import Interval
+
+ROOT = Path(__file__).parents[2]
+SOURCE = ROOT / "benchmarks/results/latency.json"
+README, RESULTS = ROOT / "README.md", ROOT / "benchmarks/RESULTS.md"
+_TWINS = {
+    PORTABLE: "standard operators against fused",
+    NAIVE: "naive scatter against ours",
+    TIMM: "timm's export against none",
+}
+MARKS = "<!-- latency:begin -->", "<!-- latency:end -->"
+_ENGINES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "torch": "PyTorch, eager"}
+Record = dict[str, Any]
+Rows = Iterator[Sequence[str]]
+Figure = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]
+
+
+def write(results: Results) -> None:
+    """Write RESULTS.md and what stands between the README's marks."""
+    RESULTS.write_text(page(results, SOURCE.name), encoding="utf-8")
+    README.write_text(with_tables(README.read_text(encoding="utf-8"), results), encoding="utf-8")
+
+
+def with_tables(readme: str, results: Results) -> str:
+    """Return the README with the tables of these results between its marks."""
+    begin, end = MARKS
+    before, found, rest = readme.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise SystemExit(f"README.md has lost its marks {begin} and {end}")
+    return f"{before}{begin}\n{short(results)}{end}{after}"
+
+
+# ---- figures
+
+
+class _Group:
+    """A group's samples, by form and schedule."""
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+        self._of = {(v["form"], v["schedule"]): v for v in record["variants"]}
+
+    def __contains__(self, variant: tuple[str, str]) -> bool:
+        return variant in self._of
+
+    def get(self, variant: tuple[str, str], what: str) -> Any:
+        return self._of.get(variant, {}).get(what)
+
+    def median(self, variant: tuple[str, str]) -> str:
+        """Return milliseconds."""
+        samples = self.get(variant, "us")
+        return f"{np.median(samples) / 1000:.2f}" if samples else "–"
+
+    def speedup(self, variant: tuple[str, str], over: tuple[str, str] = (NONE, "none")) -> str:
+        return self._cell(variant, over, lambda own, other: other / own, times)
+
+    def overhead(self, variant: tuple[str, str], over: tuple[str, str]) -> str:
+        return self._cell(variant, over, lambda own, other: own / other - 1, percent)
+
+    def difference(self, variant: tuple[str, str]) -> str:
+        value = self.get(variant, "difference")
+        return "–" if value is None else f"{value:.1e}"
+
+    def _cell(
+        self, own: tuple[str, str], other: tuple[str, str], figure: Figure,
+        words: Callable[[Interval], str],
+    ) -> str:  # fmt: skip
+        """Write the median of per-round ratios and its interval; "–" where it could not run."""
+        samples = [self.get(each, "us") for each in (own, other)]
+        if None in samples:
+            return "–"
+        return words(Interval.of(figure(*(np.array(each, np.float64) for each in samples))))
+
+    @property
+    def runtime(self) -> str:
+        record = self.record
+        own = ", its own choice" if record["runtime"].endswith("-default") else ""
+        device = "" if record["device"] == "CPU" else f" {record['device']}"
+        return f"{_ENGINES[record['engine']]}{device} {record['precision']}{own}"
+
+
+def _groups(results: Results, part: str, **fields: Any) -> list[_Group]:
+    return [
+        _Group(record)
+        for record in results.groups
+        if record["part"] == part
+        and "left_out" not in record
+        and all(record[name] == value for name, value in fields.items())
+    ]
+
+
+# ---- tables
+
+
+def _table(head: Sequence[str], rows: Rows) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+Cell = Callable[[_Group, str], str]
+# what is said of a schedule: speed-ups over none, overheads over the bound
+_COLUMNS: dict[str, Cell] = {
+    "none, ms": lambda group, schedule: group.median((NONE, "none")),
+    "timm's export": lambda group, schedule: group.speedup((TIMM, "none")),
+    "fused": lambda group, schedule: group.speedup((FUSED, schedule)),
+    "standard operators": lambda group, schedule: group.speedup((PORTABLE, schedule)),
+    "naive scatter": lambda group, schedule: group.speedup((NAIVE, schedule)),
+    "if merging were free": lambda group, schedule: group.speedup((BOUND, schedule)),
+    "overhead, fused": lambda group, schedule: group.overhead((FUSED, schedule), (BOUND, schedule)),
+    "overhead, standard": lambda group, schedule: group.overhead(
+        (PORTABLE, schedule), (BOUND, schedule)
+    ),
+}
+_ALL = tuple(_COLUMNS)
+_SHORT = ("fused", "standard operators", "naive scatter", "if merging were free",
+          "overhead, fused")  # fmt: skip
+
+
+def _by_schedule(groups: Sequence[_Group], columns: Sequence[str] = _ALL) -> str:
+    """Return a table of one model and batch, all schedules in all runtimes."""
+    rows = (
+        [f"`{schedule}`", group.runtime, *(_COLUMNS[name](group, schedule) for name in columns)]
+        for schedule in _in_order(groups)
+        for group in groups
+        if schedule in group.record["schedules"]
+    )
+    return _table(("schedule", "runtime", *columns), rows)
+
+
+def _by_model(groups: Sequence[_Group], schedule: str, columns: Sequence[str]) -> str:
+    """Return a table of one schedule, all models and batches in all runtimes."""
+    rows = (
+        [f"`{group.record['model']}`", f"{group.record['batch']}", group.runtime,
+         *(_COLUMNS[name](group, schedule) for name in columns)]
+        for group in groups
+        if schedule in group.record["schedules"]
+    )  # fmt: skip
+    return _table(("model", "batch", "runtime", *columns), rows)
+
+
+def _in_order(groups: Sequence[_Group]) -> list[str]:
+    found = dict.fromkeys(s for group in groups for s in group.record["schedules"])
+    return sorted(found, key=lambda s: (SCHEDULES.index(s) if s in SCHEDULES else 99, s))
+
+
+def _rewrites(groups: Sequence[_Group]) -> str:
+    """Return a row for each rewrite: how much longer the graph takes without it."""
+    rows: list[list[str]] = []
+
+    def row(words: str, own: tuple[str, str], other: tuple[str, str]) -> None:
+        measured = [group for group in groups if own in group and other in group]
+        if measured:
+            cells = [group.overhead(own, other) for group in measured]
+            rows.append([words, *cells, measured[0].difference(own)])
+
+    for name, words in REWRITES.items():
+        twin = "all" if name == "LayerScale" else NONE
+        row(words, (f"without {name}", "none"), (twin, "none"))
+    row("all of them: timm's own export", (TIMM, "none"), (NONE, "none"))
+    schedule = REWRITE_SCHEDULE
+    row(f"timm's module sliced as `{schedule}`, against the bound",
+        (SLICE, schedule), (BOUND, schedule))  # fmt: skip
+    head = ["rewrite", *(f"time without it, {group.runtime}" for group in groups), "max |Δ|"]
+    return _table(head, iter(rows))
+
+
+# ---- pages
+
+_METHOD = """\
+Each variant runs in a process of its own on {threads} CPUs of {cpu}; those that wait are stopped,
+and all that a row compares take turns in every round. A figure is the median over the rounds of
+the ratio within a round, with its 95 % interval from a bootstrap of the rounds, {low} to {high} of
+them. Figures with × are speed-ups over `none`, tomexport's unmerged export of the same model;
+*overhead* is the time beyond the free-merge bound, the merged graph with every merge replaced by
+one Slice. *timm's export* is `torch.onnx.export` of timm's own model, unmerged. *Naive scatter* is
+ToMe written in the usual way (argsort, gather, scatter_add in patched timm blocks) and exported
+alike. Weights are seeded, not trained.
+"""
+
+
+def _method(results: Results) -> str:
+    groups = _groups(results, "schedules", device="CPU") + _groups(results, "rewrites")
+    rounds = [group.record["rounds"] for group in groups] or [0]
+    threads = "/".join(sorted({f"{group.record['threads']}" for group in groups}))
+    text = _METHOD.format(
+        threads=threads, cpu=results.machine["cpu"], low=min(rounds), high=max(rounds)
+    )
+    return _wrapped(text)
+
+
+def _wrapped(text: str, width: int = 100) -> str:
+    return "\n".join(textwrap.wrap(" ".join(text.split()), width)) + "\n"
+
+
+def short(results: Results) -> str:
+    """Return the README's part: one model with all schedules, one schedule with all models."""
+    model = MODELS[0].name
+    link = f"[benchmarks/results/{SOURCE.name}](benchmarks/results/{SOURCE.name})"
+    groups = _groups(results, "schedules", device="CPU")
+    first = [g for g in groups if (g.record["model"], g.record["batch"]) == (model, 1)]
+    parts = [
+        _method(results),
+        f"`{model}`, batch 1 (samples: {link}):\n",
+        _by_schedule(first, _SHORT),
+        f"`const:8` on every model (samples: {link}):\n",
+        _by_model(groups, "const:8", ("none, ms", "timm's export", *_SHORT)),
+    ]
+    return "\n".join(("", *parts)) + "\n"
+
+
+def page(results: Results, source: str) -> str:
+    """Return RESULTS.md.
+
+    Args:
+        results: what has been measured.
+        source: name of the file that holds it, in benchmarks/results.
+    """
+    cited = f"Samples: [results/{source}](results/{source})\n"
+    parts = [
+        "# What merging costs and saves\n",
+        "Written by `python -m benchmarks.latency`; do not edit.\n",
+        _method(results),
+        *_worst(results),
+    ]
+    for record in _first_of_each(results, "schedules", "CPU"):
+        where = {"model": record["model"], "batch": record["batch"]}
+        groups = _groups(results, "schedules", device="CPU", **where)
+        heading = f"## `{record['model']}`, batch {record['batch']}\n"
+        parts += [heading, _by_schedule(groups), cited]
+    if groups := _groups(results, "rewrites"):
+        model = groups[0].record["model"]
+        parts += [f"## Exact rewrites of the graph: `{model}`, batch 1, unmerged\n"]
+        parts += [_REWRITES_TEXT, _rewrites(groups), cited]
+    parts += ["## GPU\n", *_gpu(results, cited), "## Machine and versions\n", _machine(results)]
+    return "\n".join(parts)
+
+
+_REWRITES_TEXT = """\
+How much longer the unmerged export takes with this one rewrite turned off, the others being on;
+and the largest difference that it makes to the output, relative where outputs exceed 1.
+"""
+
+
+def _first_of_each(results: Results, part: str, device: str) -> list[Record]:
+    """Return one record for each model and batch."""
+    found: dict[tuple[str, int], Record] = {}
+    for group in _groups(results, part, device=device):
+        found.setdefault((group.record["model"], group.record["batch"]), group.record)
+    return list(found.values())
+
+
+def _worst(results: Results) -> list[str]:
+    """Say how far the outputs of the variants are apart in ONNX Runtime, and what did not run."""
+    lines = []
+    groups = _groups(results, "schedules", runtime="onnxruntime")
+    for form, words in _TWINS.items():
+        found = [
+            (variant["difference"], group.record)
+            for group in groups
+            for variant in group.record["variants"]
+            if variant["form"] == form and variant.get("difference") is not None
+        ]
+        if found:
+            worst, record = max(found, key=lambda each: each[0])
+            where = f"`{record['model']}`, batch {record['batch']}"
+            lines.append(f"- {words}: at most {worst:.1e} ({where})")
+    if lines:
+        lines.insert(
+            0, "Largest difference of outputs in ONNX Runtime, relative where they exceed 1:\n"
+        )
+    refused = {
+        (group.runtime, variant["form"], variant["refused"])
+        for part in ("schedules", "rewrites")
+        for group in _groups(results, part)
+        for variant in group.record["variants"]
+        if "refused" in variant
+    }
+    lines += [f"- {runtime}: {form} does not run: {why}" for runtime, form, why in sorted(refused)]
+    left_out = {(r["runtime"], r["left_out"]) for r in results.groups if "left_out" in r}
+    lines += [f"- {runtime} is left out: {why}" for runtime, why in sorted(left_out)]
+    return ["\n".join(lines) + "\n"] if lines else []
+
+
+def _gpu(results: Results, cited: str) -> Iterator[str]:
+    found = _first_of_each(results, "schedules", "CUDA")
+    for record in found:
+        where = {"model": record["model"], "batch": record["batch"]}
+        yield f"`{record['model']}`, batch {record['batch']}:\n"
+        yield _by_schedule(_groups(results, "schedules", device="CUDA", **where))
+        yield cited
+    if not found:
+        asked = any(record["runtime"] == "gpu" for record in results.groups)
+        yield "no GPU here\n" if asked else "not measured\n"
+
+
+def _machine(results: Results) -> str:
+    known = {name: value for name, value in results.machine.items() if value is not None}
+    known |= results.versions
+    words = {k: ", ".join(map(str, v)) if isinstance(v, list) else f"{v}" for k, v in known.items()}
+    return _table(("what", "which"), iter([[name, value] for name, value in words.items()]))
