@@ -1,6 +1,6 @@
 """Measure what merging costs and saves, and write the tables of the README and of RESULTS.md.
 
-    python -m benchmarks.latency                      everything; about 45 minutes on two cores,
+    python -m benchmarks.latency                      everything; on two cores 45 to 60 minutes
                                                       after 15 minutes and 22 GB of exports
     python -m benchmarks.latency --resume             what the results file does not hold yet
     python -m benchmarks.latency --quick              a trial: DeiT-Tiny, const:8, few rounds
@@ -115,10 +115,13 @@ def _measure(options: argparse.Namespace) -> None:
     if options.resume and options.out.exists():
         before = Results.load(options.out)
         if (before.machine, before.versions) != (results.machine, results.versions):
-            sys.exit(f"{options.out} is of another machine or other versions; name another --out")
+            sys.exit(
+                f"{options.out} is of another machine, or of other versions or sources; name "
+                "another file with --out, or remove it to measure all anew"
+            )
         results = before
     if files.fresh(options.work):
-        print(f"the files in {options.work} were of other sources: they are exported anew")
+        _say(f"the files in {options.work} were of other sources: they are exported anew")
     wanted = list(
         cases.groups(
             [_model(name) for name in options.models], options.batches, options.schedules,
@@ -129,16 +132,15 @@ def _measure(options: argparse.Namespace) -> None:
     done = results.measured()
     todo = [group for group in wanted if group.key not in done]
     if len(todo) < len(wanted):
-        print(f"{len(wanted) - len(todo)} of {len(wanted)} groups are measured already")
-    progress = _progress if sys.stderr.isatty() else _silent
+        _say(f"{len(wanted) - len(todo)} of {len(wanted)} groups are measured already")
     for group in todo:
         if group.runtime is not GPU:  # whose files are the same, and may not be wanted
-            files.write(options.work, group, progress)
+            files.write(options.work, group, _say)
     clock = _Clock()
     for index, group in enumerate(todo):
-        print(f"[{index + 1}/{len(todo)}] {clock.left(todo[index:])}: {group.title}", flush=True)
+        _say(f"[{index + 1}/{len(todo)}] {clock.left(todo[index:])}: {group.title}")
         start = time.monotonic()
-        record = measure(group, options.work, options.threads, options.seconds, progress)
+        record = measure(group, options.work, options.threads, options.seconds, _progress)
         results.groups.append(record)
         results.save(options.out)
         clock.took(group, time.monotonic() - start)
@@ -163,13 +165,19 @@ class _Clock:
         return f"about {pace * sum(g.estimate_s for g in groups) / 60:.0f} min left"
 
 
+def _say(line: str) -> None:
+    _progress("")
+    print(line, flush=True)
+
+
 def _progress(message: str) -> None:
-    print(f"\r\033[K  {message}\r", end="", file=sys.stderr, flush=True)
-
-
-def _silent(message: str) -> None:
-    del message
+    """Show what is being done, on a terminal only, in a line that the next one replaces."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{message}", end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -37,19 +37,19 @@ class Model:
         name: of timm.
         gmacs: of one image, to estimate how long it will take.
         rounds: least rounds by batch.
-        at_once: schedules in one group; a large model has one process for each variant.
+        at_once: schedules in one group; each variant of a large model holds up to a gigabyte.
     """
 
     name: str
     gmacs: float = 1.0
-    rounds: tuple[tuple[int, int], ...] = ((1, 12), (8, 6))
-    at_once: int = 6
+    rounds: tuple[tuple[int, int], ...] = ((1, 8), (8, 6))
+    at_once: int = 3
 
 
 MODELS = (
-    Model("deit_tiny_patch16_224", 1.3, ((1, 40), (8, 12))),
-    Model("deit_small_patch16_224", 4.6, ((1, 24), (8, 6))),
-    Model("vit_base_patch16_224", 17.6, at_once=3),
+    Model("deit_tiny_patch16_224", 1.3, ((1, 40), (8, 12)), at_once=6),
+    Model("deit_small_patch16_224", 4.6, ((1, 16), (8, 6)), at_once=6),
+    Model("vit_base_patch16_224", 17.6),
     Model("vit_small_patch16_384", 15.5),
 )
 
@@ -131,7 +131,8 @@ class Group:
         gmacs_per_s = 150 if self.runtime.precision == "f32" else 500
         call = self.model.gmacs * self.batch / gmacs_per_s
         turn = call if call >= LONG_CALL_S else max(TURN_S + 0.02, 2 * call)
-        return (self.rounds + 2) * len(self.variants) * turn + len(self.variants)
+        load = 0.6 + self.model.gmacs / 10
+        return len(self.variants) * ((self.rounds + 2) * turn + load)
 
 
 def schedule_variants(schedules: Sequence[str]) -> tuple[Variant, ...]:

@@ -11,8 +11,9 @@ from torch import nn
 
 import tomexport
 from benchmarks.latency import files
-from benchmarks.latency.cases import BOUND, NAIVE, TIMM, Group, Variant
+from benchmarks.latency.cases import BOUND, FUSED, NAIVE, TIMM, Group, Variant
 from tomexport.artifact import Array
+from tomexport.errors import BackendError
 
 
 class TorchWorker:
@@ -54,7 +55,12 @@ class TorchWorker:
 
 
 def torch_worker(group: Group, variant: Variant, device: str = "cuda") -> TorchWorker:
-    """Return a worker for a variant: timm's module, a peer, or a reduced module."""
+    """Return a worker for a variant: timm's module, a peer, or a reduced module.
+
+    Raises: BackendError for fused kernels.
+    """
+    if variant.form == FUSED:
+        raise BackendError("fused kernels are CPU code")
     model = files.module(group.model.name)
     images = files.images(model, group.batch)
     if variant.form in (TIMM, NAIVE):

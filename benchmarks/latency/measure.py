@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +29,7 @@ from benchmarks.latency.cases import (
 )
 from benchmarks.latency.gpu import torch_worker
 from tomexport.artifact import Array
-from tomexport.errors import TomexportError
+from tomexport.errors import BackendError, TomexportError
 from tomexport.runtime.load import BACKENDS
 from tomexport.runtime.machine import usable_cpus
 from tomexport.runtime.timing import CAN_PIN, Job, medians, take_turns, worker
@@ -115,19 +116,17 @@ class _Loaded:
 def _load(
     group: Group, folder: Path, threads: int, stack: ExitStack, progress: Callable[[str], None]
 ) -> _Loaded:
-    """Load every variant and run it once."""
-    on_gpu = group.runtime is GPU
-    in_torch = on_gpu and "CUDA" not in BACKENDS[0].devices()
+    """Load every variant, a few at a time, and run it once."""
+    in_torch = group.runtime is GPU and "CUDA" not in BACKENDS[0].devices()
     if in_torch and not torch.cuda.is_available():
         raise _LeftOutError("no GPU here")
     if not in_torch:
         files.write(folder, group, progress)
     loaded = _Loaded("torch" if in_torch else group.runtime.backend)
-    for variant in group.variants:
-        progress(f"loading {variant.form} {variant.schedule}")
-        if on_gpu and variant.form == FUSED:
-            loaded.refused[variant] = "fused kernels are CPU code"
-            continue
+    # a process ends with the thread that started it, so the threads must stay until it has ended
+    pool = stack.enter_context(ThreadPoolExecutor(1 if in_torch else threads))
+
+    def start(variant: Variant) -> tuple[Any, Array] | str:
         try:
             if in_torch:
                 each: Any = torch_worker(group, variant)
@@ -135,14 +134,19 @@ def _load(
                 job = _job(group, variant, files.path(folder, group, variant), threads)
                 each = stack.enter_context(worker(job))
             if variant.form == FUSED and not each.kernels:
-                loaded.refused[variant] = "no fused kernels here; `tomexport doctor` says why"
-                continue
-            if group.runtime.precision is None and each.precision == "f32":
-                raise _LeftOutError("the runtime's own precision is f32")
-            loaded.outputs[variant] = each.output()  # one that loads but cannot run fails here
-            loaded.workers[variant] = each
+                raise BackendError("no fused kernels here; `tomexport doctor` says why")
+            return each, each.output()  # one that loads but cannot run fails here
         except TomexportError as err:
-            loaded.refused[variant] = str(err).replace(f"{folder}/", "")
+            return str(err).replace(f"{folder}/", "")
+
+    for variant, result in zip(group.variants, pool.map(start, group.variants), strict=True):
+        progress(f"loaded {variant.form} {variant.schedule}")
+        if isinstance(result, str):
+            loaded.refused[variant] = result
+            continue
+        loaded.workers[variant], loaded.outputs[variant] = result
+        if group.runtime.precision is None and result[0].precision == "f32":
+            raise _LeftOutError("the runtime's own precision is f32")
     if not loaded.workers:
         raise _LeftOutError(f"nothing runs: {next(iter(loaded.refused.values()))}")
     return loaded

@@ -165,6 +165,19 @@ def test_files_of_other_sources_are_removed(tmp_path):
     assert not (tmp_path / "work/x.onnx").exists()
 
 
+def test_tables_stand_between_the_marks_of_the_readme(results):
+    begin, end = tables.MARKS
+    once = tables.with_tables(f"before\n{begin}\nold\n{end}\nafter\n", results)
+    assert tables.with_tables(once, results) == once
+    assert once.startswith(f"before\n{begin}\n")
+    assert once.endswith(f"{end}\nafter\n")
+    assert "old" not in once
+    assert "| `test_vit` | 1 | ONNX Runtime f32 |" in once
+    assert f"benchmarks/results/{tables.SOURCE.name}" in once
+    with pytest.raises(SystemExit, match="lost its marks"):
+        tables.with_tables("no marks", results)
+
+
 def test_the_pages_are_what_the_results_give():
     readme = tables.README.read_text()
     if not tables.SOURCE.exists():
