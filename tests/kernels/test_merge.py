@@ -131,14 +131,16 @@ def run_onnxruntime(model: bytes, inputs: list[np.ndarray]) -> list[np.ndarray]:
     return session.run(OUTPUTS, dict(zip(INPUTS, inputs, strict=True)))
 
 
-def run_openvino(model: bytes, inputs: list[np.ndarray]) -> list[np.ndarray]:
+def run_openvino(
+    model: bytes, inputs: list[np.ndarray], precision: str = "f32"
+) -> list[np.ndarray]:
     core = openvino.Core()
-    hints = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+    hints = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": 1}
     compiled = core.compile_model(core.read_model(model), "CPU", hints)
     used = {port.any_name for port in compiled.inputs}  # where r = 0 nothing reads the signal
     named = zip(INPUTS, inputs, strict=True)
     results = compiled({name: array for name, array in named if name in used})
-    return [np.array(results[name]) for name in OUTPUTS]
+    return [np.array(results[port]) for port in compiled.outputs]
 
 
 FORMS = {
@@ -204,6 +206,30 @@ def test_body_computes_the_same_at_every_opset(opset: int, n_prefix: int) -> Non
     inputs = arrays(case)
     found = run_onnxruntime(one_node_model(case, opset=opset), inputs)
     assert_equal(found, run_reference(case, inputs))
+
+
+@pytest.mark.openvino
+@pytest.mark.parametrize("n_prefix", [0, 1, 2, 5])
+@pytest.mark.parametrize("n", [197, 784, 1601])  # bfloat16 has no odd numbers above 256
+@pytest.mark.parametrize("directions", ["many", "few"])
+def test_every_token_has_its_slot_in_bfloat16(n: int, n_prefix: int, directions: str) -> None:
+    m = n - 40
+    case = Case(n, 40, n_prefix, groups=2, channels=n, directions=directions)
+    model = onnx.load_from_string(inlined(one_node_model(case)))
+    del model.graph.output[1:]  # OpenVINO computes in float32 what leads to an output of integers
+    x, size, signal = np.eye(n, dtype=np.float32)[None], np.ones((1, n, 1)), arrays(case)[2]
+    inputs = [x, size.astype(np.float32), signal]
+    (merged,) = run_openvino(model.SerializeToString(), inputs, "bf16")
+    slots, tokens = merged[0].nonzero()  # the share of each token in each slot
+    target = slots[tokens.argsort()]
+    np.testing.assert_array_equal(np.sort(tokens), range(n))  # each has one slot
+    hits = np.bincount(target, minlength=m)
+    assert hits.min() >= 1
+    set_b = [j for j in range(n_prefix, n) if j % 2]
+    assert (hits[: m - len(set_b)] == 1).all()  # only tokens of B are merged into
+    np.testing.assert_array_equal(target[:n_prefix], range(n_prefix))
+    np.testing.assert_array_equal(target[set_b], range(m - len(set_b), m))
+    np.testing.assert_allclose(merged[0].sum(axis=1), 1, rtol=2**-7)
 
 
 def test_operator_called_in_torch_is_the_reference() -> None:
