@@ -67,6 +67,16 @@ def test_one_round_in_a_hundred_disturbed_moves_nothing():
     assert Interval.of(figures) == Interval(1, 1, 1)
 
 
+def test_an_interval_holds_what_differs_between_launches():
+    random = np.random.default_rng(0)
+    launches = np.repeat([[1.0], [1.1], [1.2], [1.3], [1.4], [1.5]], 50, axis=1)
+    figures = launches + random.normal(scale=0.001, size=launches.shape)
+    as_one, apart = Interval.of(figures.reshape(-1)), Interval.of(figures)
+    assert as_one.value == apart.value
+    assert as_one.high - as_one.low < 0.15
+    assert apart.high - apart.low > 0.2
+
+
 # ---- turns
 
 

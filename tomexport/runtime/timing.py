@@ -77,9 +77,19 @@ class Interval:
 
     @classmethod
     def of(cls, figures: NDArray[np.float64]) -> Interval:
-        """Take the median of figures, one per round; bootstrap its interval."""
-        draw = np.random.default_rng(0).integers(len(figures), size=(_N_BOOTSTRAP, len(figures)))
-        low, high = np.percentile(np.median(figures[draw], axis=1), [2.5, 97.5])
+        """Take the median of figures; bootstrap its interval.
+
+        Args:
+            figures: (rounds,), or (launches, rounds) where the processes were launched anew: a
+                process can be some percent slower than another of the same file for as long as it
+                lives, so launches are drawn first and then rounds of each.
+        """
+        launches = np.atleast_2d(figures)
+        n_launches, n_rounds = launches.shape
+        random = np.random.default_rng(0)
+        launch = random.integers(n_launches, size=(_N_BOOTSTRAP, n_launches, 1))
+        drawn = launches[launch, random.integers(n_rounds, size=(*launch.shape[:2], n_rounds))]
+        low, high = np.percentile(np.median(drawn, axis=(1, 2)), [2.5, 97.5])
         return cls(*(round(float(x), 5) for x in (np.median(figures), low, high)))
 
 
