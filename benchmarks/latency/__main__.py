@@ -1,6 +1,6 @@
 """Measure what merging costs and saves, and write the tables of the README and of RESULTS.md.
 
-    python -m benchmarks.latency                      everything; on two cores 45 to 60 minutes
+    python -m benchmarks.latency                      everything; 45 to 60 minutes on two cores,
                                                       after 15 minutes and 22 GB of exports
     python -m benchmarks.latency --resume             what the results file does not hold yet
     python -m benchmarks.latency --quick              a trial: DeiT-Tiny, const:8, few rounds
@@ -68,6 +68,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--threads", type=int, default=2, help="CPU threads, each with a CPU to itself")
     add("--rounds", type=int, help="least rounds of a group, instead of those planned for it")
+    add("--launches", type=int, help="launches of a group's processes, instead of those planned")
     add("--seconds", type=float, help="least seconds of a group's turns")
     add("--work", type=Path, default=Path("build/latency"), help="folder of the exported files")
     add("--out", type=Path, help=f"results file; default {tables.SOURCE.name}")
@@ -78,6 +79,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.quick:
         parser.set_defaults(
             models=[MODELS[0].name], batches=[1], schedules=["const:8"], rounds=MIN_ROUNDS,
+            launches=1,
         )  # fmt: skip
         options = parser.parse_args(arguments)
     default = options.work / "quick.json" if options.quick else tables.SOURCE
@@ -95,6 +97,8 @@ def _problem(options: argparse.Namespace) -> str | None:
         return None if exists else f"there is no {options.out} to make tables of"
     if options.rounds is not None and options.rounds < MIN_ROUNDS:
         return f"{options.rounds} rounds hold no 95 % interval; use {MIN_ROUNDS} or more"
+    if options.launches is not None and options.launches < 1:
+        return f"{options.launches} launches; use 1 or more"
     if not 1 <= options.threads <= len(usable_cpus()):
         return f"{options.threads} threads; this process may use {len(usable_cpus())} CPUs"
     if exists and not options.resume and not options.quick:
@@ -126,7 +130,7 @@ def _measure(options: argparse.Namespace) -> None:
         cases.groups(
             [_model(name) for name in options.models], options.batches, options.schedules,
             [runtime for runtime in RUNTIMES if runtime.name in options.runtimes],
-            options.rewrites, options.rounds,
+            options.rewrites, options.rounds, options.launches,
         )
     )  # fmt: skip
     done = results.measured()

@@ -16,6 +16,7 @@ NONE, TIMM, SLICE = "none", "timm", "slice"
 SCHEDULES = ("const:8", "const:13", "linear:13", "exp:0.25,0", "exp:0.1,0.6", "exp:0.4,0.2")
 HEADLINE = ("const:8", "exp:0.25,0")  # in a group of their own where rounds are many
 HEADLINE_ROUNDS, REWRITE_ROUNDS = 200, 100
+HEADLINE_LAUNCHES, REWRITE_LAUNCHES = 6, 3
 BATCHES = (1, 8)
 TURN_S = 0.04  # of each variant, unless two calls take longer
 # what can be turned off, alone, in the export
@@ -37,17 +38,20 @@ class Model:
         name: of timm.
         gmacs: of one image, to estimate how long it will take.
         rounds: least rounds by batch.
+        launches: how often the processes are launched anew, each time for a part of the rounds: two
+            processes of one file can differ by some percent for as long as they live.
         at_once: schedules in one group; each variant of a large model holds up to a gigabyte.
     """
 
     name: str
     gmacs: float = 1.0
     rounds: tuple[tuple[int, int], ...] = ((1, 8), (8, 6))
+    launches: int = 1
     at_once: int = 3
 
 
 MODELS = (
-    Model("deit_tiny_patch16_224", 1.3, ((1, 40), (8, 12)), at_once=6),
+    Model("deit_tiny_patch16_224", 1.3, ((1, 40), (8, 12)), launches=2, at_once=6),
     Model("deit_small_patch16_224", 4.6, ((1, 16), (8, 6)), at_once=6),
     Model("vit_base_patch16_224", 17.6),
     Model("vit_small_patch16_384", 15.5),
@@ -101,6 +105,7 @@ class Group:
         model, batch, runtime: what runs, and where.
         schedules: that are compared in it.
         rounds: at least so many.
+        launches: of the processes, which share the rounds.
         variants: what takes turns.
     """
 
@@ -110,6 +115,7 @@ class Group:
     runtime: Runtime
     schedules: tuple[str, ...]
     rounds: int
+    launches: int
     variants: tuple[Variant, ...]
 
     @property
@@ -132,7 +138,7 @@ class Group:
         call = self.model.gmacs * self.batch / gmacs_per_s
         turn = call if call >= LONG_CALL_S else max(TURN_S + 0.02, 2 * call)
         load = 0.6 + self.model.gmacs / 10
-        return len(self.variants) * ((self.rounds + 2) * turn + load)
+        return len(self.variants) * (self.rounds * turn + self.launches * (2 * turn + load))
 
 
 def schedule_variants(schedules: Sequence[str]) -> tuple[Variant, ...]:
@@ -154,35 +160,36 @@ def groups(
     schedules: Sequence[str],
     runtimes: Sequence[Runtime],
     rewrites: Sequence[str],
-    rounds: int | None,
+    rounds: int | None = None,
+    launches: int | None = None,
 ) -> Iterator[Group]:
     """Yield all groups; the rewrites, unless none is named, on the first model at batch 1."""
     for model in models:
         for batch in batches:
-            for chunk, planned in _chunks(model, batch, schedules):
+            for chunk, n_rounds, n_launches in _chunks(model, batch, schedules):
                 for runtime in runtimes:
-                    variants = schedule_variants(chunk)
                     yield Group(
-                        "schedules", model, batch, runtime, chunk, rounds or planned, variants
-                    )
+                        "schedules", model, batch, runtime, chunk, rounds or n_rounds,
+                        launches or n_launches, schedule_variants(chunk),
+                    )  # fmt: skip
     for runtime in runtimes if rewrites else ():
         if runtime is not GPU:
             yield Group(
                 "rewrites", models[0], 1, runtime, (REWRITE_SCHEDULE,),
-                rounds or REWRITE_ROUNDS, rewrite_variants(rewrites),
+                rounds or REWRITE_ROUNDS, launches or REWRITE_LAUNCHES, rewrite_variants(rewrites),
             )  # fmt: skip
 
 
 def _chunks(
     model: Model, batch: int, schedules: Sequence[str]
-) -> Iterator[tuple[tuple[str, ...], int]]:
-    """Yield the schedules of each group, and its rounds."""
+) -> Iterator[tuple[tuple[str, ...], int, int]]:
+    """Yield the schedules of each group, its rounds and its launches."""
     rounds = dict(model.rounds).get(batch, 6)
     rest = tuple(schedules)
     if model is MODELS[0] and batch == 1:
         headline = tuple(each for each in schedules if each in HEADLINE)
         if headline:
-            yield headline, HEADLINE_ROUNDS
+            yield headline, HEADLINE_ROUNDS, HEADLINE_LAUNCHES
         rest = tuple(each for each in schedules if each not in HEADLINE)
     for start in range(0, len(rest), model.at_once):
-        yield rest[start : start + model.at_once], rounds
+        yield rest[start : start + model.at_once], rounds, model.launches

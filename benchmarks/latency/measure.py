@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +33,7 @@ from tomexport.artifact import Array
 from tomexport.errors import BackendError, TomexportError
 from tomexport.runtime.load import BACKENDS
 from tomexport.runtime.machine import usable_cpus
-from tomexport.runtime.timing import CAN_PIN, Job, medians, take_turns, worker
+from tomexport.runtime.timing import CAN_PIN, Job, Samples, medians, take_turns, worker
 
 Record = dict[str, Any]
 # whose output that of a form must equal; the rewrites' forms, that of NONE
@@ -71,29 +72,35 @@ def measure(
         "runtime": group.runtime.name,
         "schedules": list(group.schedules),
     }
+    rounds = math.ceil(group.rounds / group.launches)
+    launches: list[list[Samples]] = []
     try:
-        with ExitStack() as stack:
-            loaded = _load(group, folder, threads, stack, progress)
-            workers = list(loaded.workers.values())
-            spare = group.rounds * len(workers) * TURN_S if seconds is None else seconds
-            samples = take_turns(workers, group.rounds, spare, progress)
-            peaks = [each.peak_memory() for each in workers]
+        for _ in range(group.launches):
+            with ExitStack() as stack:
+                loaded = _load(group, folder, threads, stack, progress)
+                workers = list(loaded.workers.values())
+                spare = rounds * len(workers) * TURN_S
+                spare = spare if seconds is None else seconds / group.launches
+                launches.append(take_turns(workers, rounds, spare, progress))
+                peaks = [each.peak_memory() for each in workers]
     except _LeftOutError as err:
         return record | {"left_out": str(err)}
+    shared = min(len(samples[0]) for samples in launches)  # all launches count alike
     timed = {
         variant: {
-            "us": (medians(turns) * 1000).round().astype(int).tolist(),
-            "peak_mib": None if peak is None else peak // 2**20,
+            "us": [_microseconds(samples[i][:shared]) for samples in launches],
+            "peak_mib": None if peaks[i] is None else peaks[i] // 2**20,
             "difference": _difference(variant, loaded.outputs),
         }
-        for variant, turns, peak in zip(loaded.workers, samples, peaks, strict=True)
+        for i, variant in enumerate(loaded.workers)
     }
     return record | {
         "engine": loaded.engine,
         "device": group.runtime.device,
         "precision": workers[0].precision,
         "threads": threads if group.runtime.device == "CPU" else None,
-        "rounds": len(samples[0]),
+        "rounds": shared * group.launches,
+        "launches": group.launches,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "variants": [
             {"form": variant.form, "schedule": variant.schedule}
@@ -101,6 +108,11 @@ def measure(
             for variant in group.variants
         ],
     }
+
+
+def _microseconds(samples: Samples) -> list[int]:
+    """Return the median of each round."""
+    return [round(float(ms) * 1000) for ms in medians(samples)]
 
 
 @dataclass

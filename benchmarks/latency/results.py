@@ -17,9 +17,9 @@ from tomexport.runtime.machine import machine
 
 ABOUT = (
     "Written by `python -m benchmarks.latency`. 'us' of a variant is the median of its calls in "
-    "each round, in microseconds, in the order of the rounds: the n-th figures of the variants of "
-    "a group belong together. 'difference' is max |Δ| of the outputs to those of the variant that "
-    "must compute the same, relative where they exceed 1."
+    "each round, in microseconds, a list for each launch of the processes: figures of a group at "
+    "the same place belong to the same round. 'difference' is max |Δ| of the outputs to those of "
+    "the variant that must compute the same, relative where they exceed 1."
 )
 Record = dict[str, Any]
 

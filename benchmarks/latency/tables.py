@@ -100,6 +100,11 @@ class _Group:
         return words(Interval.of(figure(*(np.array(each, np.float64) for each in samples))))
 
     @property
+    def rounds(self) -> str:
+        launches = self.record["launches"]
+        return f"{launches} × {self.record['rounds'] // launches}"
+
+    @property
     def runtime(self) -> str:
         record = self.record
         own = ", its own choice" if record["runtime"].endswith("-default") else ""
@@ -128,6 +133,7 @@ def _table(head: Sequence[str], rows: Rows) -> str:
 Cell = Callable[[_Group, str], str]
 # what is said of a schedule: speed-ups over none, overheads over the bound
 _COLUMNS: dict[str, Cell] = {
+    "rounds": lambda group, schedule: group.rounds,
     "none, ms": lambda group, schedule: group.median((NONE, "none")),
     "timm's export": lambda group, schedule: group.speedup((TIMM, "none")),
     "fused": lambda group, schedule: group.speedup((FUSED, schedule)),
@@ -140,7 +146,7 @@ _COLUMNS: dict[str, Cell] = {
     ),
 }
 _ALL = tuple(_COLUMNS)
-_SHORT = ("fused", "standard operators", "naive scatter", "if merging were free",
+_SHORT = ("rounds", "fused", "standard operators", "naive scatter", "if merging were free",
           "overhead, fused")  # fmt: skip
 
 
@@ -188,7 +194,11 @@ def _rewrites(groups: Sequence[_Group]) -> str:
     schedule = REWRITE_SCHEDULE
     row(f"timm's module sliced as `{schedule}`, against the bound",
         (SLICE, schedule), (BOUND, schedule))  # fmt: skip
-    head = ["rewrite", *(f"time without it, {group.runtime}" for group in groups), "max |Δ|"]
+    head = [
+        "rewrite",
+        *(f"time without it, {group.runtime}, {group.rounds}" for group in groups),
+        "max |Δ|",
+    ]
     return _table(head, iter(rows))
 
 
@@ -197,8 +207,10 @@ def _rewrites(groups: Sequence[_Group]) -> str:
 _METHOD = """\
 Each variant runs in a process of its own on {threads} CPUs of {cpu}; those that wait are stopped,
 and all that a row compares take turns in every round. A figure is the median over the rounds of
-the ratio within a round, with its 95 % interval from a bootstrap of the rounds, {low} to {high} of
-them. Figures with × are speed-ups over `none`, tomexport's unmerged export of the same model;
+the ratio within a round, with its 95 % interval from a bootstrap. *Rounds* are launches of the
+processes × rounds of each: two processes of one file can differ by some percent for as long as
+they live, which the interval of a single launch does not hold. Figures with × are speed-ups over
+`none`, tomexport's unmerged export of the same model;
 *overhead* is the time beyond the free-merge bound, the merged graph with every merge replaced by
 one Slice. *timm's export* is `torch.onnx.export` of timm's own model, unmerged. *Naive scatter* is
 ToMe written in the usual way (argsort, gather, scatter_add in patched timm blocks) and exported
@@ -208,12 +220,8 @@ alike. Weights are seeded, not trained.
 
 def _method(results: Results) -> str:
     groups = _groups(results, "schedules", device="CPU") + _groups(results, "rewrites")
-    rounds = [group.record["rounds"] for group in groups] or [0]
     threads = "/".join(sorted({f"{group.record['threads']}" for group in groups}))
-    text = _METHOD.format(
-        threads=threads, cpu=results.machine["cpu"], low=min(rounds), high=max(rounds)
-    )
-    return _wrapped(text)
+    return _wrapped(_METHOD.format(threads=threads, cpu=results.machine["cpu"]))
 
 
 def _wrapped(text: str, width: int = 100) -> str:
