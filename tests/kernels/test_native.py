@@ -43,6 +43,7 @@ from tomexport.runtime.machine import machine
 
 KERNELS = build.KERNELS
 HARNESS = Path(__file__).parent / "native_cases.cpp"
+EPSILON = 1e-6  # of the LayerNorm in native_cases.cpp
 UNDECIDED = 1e-6  # of a cosine in float32; a smaller margin decides nothing
 
 
@@ -70,8 +71,14 @@ class Job:
         (b, n, c), (g, d) = self.x.shape, self.signal.shape[1::2]
         is_bfloat16 = self.x.dtype == torch.bfloat16
         sizes = [self.r, self.n_prefix, b, n, c, g, d, len(self.size), is_bfloat16]
-        parts = (torch.tensor(sizes), self.x, self.size, self.signal)
+        parts = (torch.tensor(sizes), self.x, self.size, self.signal, *self.affine)
         return b"".join(p.contiguous().view(torch.uint8).numpy().tobytes() for p in parts)
+
+    @property
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """Weight and offset of the LayerNorm that follows, (C,) each."""
+        index = torch.arange(self.x.shape[2]).float()
+        return 1 + index % 7 / 8, index % 5 - 2
 
     def unpack(self, file: io.BytesIO) -> list[Tensor]:
         """Read what native_cases.cpp computed for it."""
@@ -83,6 +90,7 @@ class Job:
         b, n, c = self.x.shape
         m = n - self.r
         shapes = ((b, m, c), self.x.dtype), ((b, m, 1), torch.float32), ((b, n), torch.int64)
+        shapes += shapes[:2]  # of what follows
         return [read(*each) for each in shapes]
 
     @cached_property
@@ -104,6 +112,15 @@ class Job:
             atol=0 if self.exact else MERGE.tolerance * largest,
             err_msg=self.name,
         )
+
+    def check_what_follows(self, x: Tensor, size: Tensor, norm: Tensor, log_size: Tensor) -> None:
+        weight, offset = self.affine
+        centred = x.double() - x.double().mean(2, keepdim=True)
+        variance = centred.square().mean(2, keepdim=True)
+        expected = (centred / (variance + EPSILON).sqrt() * weight + offset).to(x.dtype)
+        step = 2.0**-7 if x.dtype == torch.bfloat16 else 1e-5
+        np.testing.assert_allclose(norm.float(), expected.float(), step, 1e-5, err_msg=self.name)
+        np.testing.assert_allclose(log_size, size.log(), 1e-6, 1e-7, err_msg=self.name)
 
 
 def signs_job(index: int) -> Job:
@@ -233,7 +250,9 @@ def test_the_kernel_computes_the_reference(
     assert done.returncode == 0, done.stderr
     with results.open("rb") as file:
         for job in jobs():
-            job.check(job.unpack(file))
+            x, size, target, norm, log_size = job.unpack(file)
+            job.check([x, size, target])
+            job.check_what_follows(x, size, norm, log_size)
         assert not file.read(1)
 
 

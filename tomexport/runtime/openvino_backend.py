@@ -21,7 +21,7 @@ import numpy as np
 from tomexport import scratch
 from tomexport.artifact import DOMAIN
 from tomexport.errors import BackendError, ExportError, need, plain
-from tomexport.runtime import fused
+from tomexport.runtime import fused, openvino_graph
 from tomexport.runtime.backend import Array, OperatorTime, Request, check_device
 
 _CAPABILITIES = {"FP32": "f32", "BF16": "bf16", "FP16": "f16"}
@@ -132,6 +132,9 @@ class OpenVino:
         if request.profile_into:
             hints["PERF_COUNT"] = True
         try:
+            if library:
+                bfloat16 = self._precision(core, request) == "bf16"
+                openvino_graph.prepare(model, library, bfloat16=bfloat16)
             compiled = core.compile_model(model, request.device, hints)
         except Exception as err:
             raise BackendError(
@@ -143,6 +146,13 @@ class OpenVino:
             for dim in compiled.inputs[0].get_partial_shape()
         )
         return _Session(compiled, shape, _TYPES.get(used, used), library is not None)
+
+    @staticmethod
+    def _precision(core: Any, request: Request) -> str:
+        if request.precision is not None:
+            return request.precision
+        used: str = core.get_property(request.device, "INFERENCE_PRECISION_HINT").to_string()
+        return _TYPES.get(used, used)
 
     def library(self) -> Path:
         """Return the library of fused kernels, without which no nodes of our own can be read.

@@ -3,7 +3,7 @@
 //   directions  sum the groups of each token's signal, scale to length 1; B lies in panels
 //   match       register tiles of A x B with a running maximum for each row of A
 //   choose      the r best rows of A, by their r-th best score; slots and sizes
-//   reduce      one pass over x; a slot of one token is a copy
+//   reduce      one pass over x; a slot of one token is a copy; where asked for, LayerNorm of it
 //
 // Napkin for N = 197, C = 192, D = 64 at 32 multiply-adds a cycle: `match` is 0.7 M of them, 22 k
 // cycles; the others stream 0.45 MB through the caches, about as long.
@@ -43,7 +43,7 @@ class Merge {
         const Image<T> m = layout(call, index, workspace);
         if (r_ == 0) return identity(m);
         const std::size_t n_tiles = static_cast<std::size_t>(m.rows / kRows);
-        const std::size_t n_members = std::min(threads.most(), n_tiles);
+        const std::size_t n_members = std::min({threads.most(), n_tiles, Team::kMembers});
         Team team(n_members);
         threads.run(n_members, [&](std::size_t member) {
             const auto each = [&](int phase, std::int64_t count, std::int64_t grain, const auto &f) {
@@ -54,7 +54,7 @@ class Merge {
             each(0, (std::max(m.rows, m.columns) + kLanes - 1) / kLanes, 1, [&](std::int64_t i) { fill(m, i * kLanes); });
             each(1, m.rows / kRows, 1, [&](std::int64_t i) { match_rows(m, i * kRows); });
             each(2, 1, 1, [&](std::int64_t) { choose(m); });
-            each(3, m.n - r_, kSlots, [&](std::int64_t slot) { reduce_slot(m, slot); });
+            each(3, m.n - r_, kSlots, [&](std::int64_t slot) { reduce_slot(m, slot), follow(m, slot); });
         });
     }
 
@@ -76,6 +76,10 @@ class Merge {
         T *x_out;
         float *size_out;
         std::int64_t *target;
+        const float *norm_weight, *norm_offset;
+        float epsilon;
+        T *norm_out;
+        float *log_size_out;
         float *a, *b;           // directions: (rows, width) and (columns / kColumns, D, kColumns)
         float *row;             // (columns / lanes, width) a token on its way into its panel
         float *best;            // (rows) the largest similarity of each row of A
@@ -102,6 +106,11 @@ class Merge {
         m.x_out = c.x_out + index * n_out * m.channels;
         m.size_out = c.size_out + index * n_out;
         m.target = c.target + index * m.n;
+        if (c.norm_out) {
+            m.norm_weight = c.norm_weight, m.norm_offset = c.norm_offset, m.epsilon = c.epsilon;
+            m.norm_out = c.norm_out + index * n_out * m.channels;
+            m.log_size_out = c.log_size_out + index * n_out;
+        }
         if (r_ == 0) return m;
 
         const std::int64_t n_rank = up(m.n_a, kLanes);
@@ -124,7 +133,7 @@ class Merge {
     template <class T> static void identity(const Image<T> &m) {
         std::copy_n(m.x, m.n * m.channels, m.x_out);
         std::copy_n(m.size, m.n, m.size_out);
-        for (std::int64_t i = 0; i < m.n; ++i) m.target[i] = i;
+        for (std::int64_t i = 0; i < m.n; ++i) m.target[i] = i, follow(m, i);
     }
 
     // --- directions
@@ -313,6 +322,36 @@ class Merge {
             }
             for (std::int64_t c = 0; c < n; ++c) store_one(out + begin + c, sums[c] / m.size_out[slot]);
         }
+    }
+
+    // --- what follows, where it is asked for
+
+    template <class T> static void follow(const Image<T> &m, std::int64_t slot) {
+        if (!m.norm_out) return;
+        m.log_size_out[slot] = std::log(m.size_out[slot]);
+        layer_norm(m, m.x_out + slot * m.channels, m.norm_out + slot * m.channels);
+    }
+
+    template <class T> static void layer_norm(const Image<T> &m, const T *in, T *out) {
+        const float n = static_cast<float>(m.channels);
+        const float mean = total(in, m.channels, [](auto v) { return v; }) / n;
+        const float variance = total(in, m.channels, [mean](auto v) { return (v - mean) * (v - mean); }) / n;
+        const float scale = 1.f / std::sqrt(variance + m.epsilon);
+        std::int64_t c = 0;
+        for (; c + kLanes <= m.channels; c += kLanes)
+            store(out + c, (load(in + c) - mean) * scale * load(m.norm_weight + c) + load(m.norm_offset + c));
+        for (; c < m.channels; ++c)
+            store_one(out + c, (load_one(in + c) - mean) * scale * m.norm_weight[c] + m.norm_offset[c]);
+    }
+
+    // The sum of f(value) over n values.
+    template <class T, class F> static float total(const T *in, std::int64_t n, const F &f) {
+        Floats lanes{};
+        float rest = 0.f;
+        std::int64_t c = 0;
+        for (; c + kLanes <= n; c += kLanes) lanes += f(load(in + c));
+        for (; c < n; ++c) rest += f(load_one(in + c));
+        return sum(lanes) + rest;
     }
 };
 

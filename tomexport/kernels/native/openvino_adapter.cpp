@@ -24,8 +24,8 @@ template <class Operator> class Node : public ov::op::Op {
     const ov::DiscreteTypeInfo &get_type_info() const override { return get_type_info_static(); }
 
     Node() = default;
-    Node(const ov::OutputVector &inputs, std::int64_t r, std::int64_t n_prefix)
-        : Op(inputs), r_(r), n_prefix_(n_prefix) {
+    Node(const ov::OutputVector &inputs, std::int64_t r, std::int64_t n_prefix, float epsilon)
+        : Op(inputs), r_(r), n_prefix_(n_prefix), epsilon_(epsilon) {
         constructor_validate_and_infer_types();
     }
 
@@ -51,15 +51,26 @@ template <class Operator> class Node : public ov::op::Op {
         set_output_type(0, type, {n_batch, n_out, x[2]});
         set_output_type(1, ov::element::f32, {n_batch, n_out, 1});
         set_output_type(2, ov::element::i64, {n_batch, n});
+        if (!normalises()) return;
+        const ov::PartialShape channels{x[2]};
+        const bool norm_fits = get_input_partial_shape(3).compatible(channels) &&
+                               get_input_partial_shape(4).compatible(channels) &&
+                               get_input_element_type(3) == ov::element::f32 &&
+                               get_input_element_type(4) == ov::element::f32;
+        NODE_VALIDATION_CHECK(this, norm_fits, "a weight and an offset (C) in f32 wanted, not ",
+                              get_input_partial_shape(3), " and ", get_input_partial_shape(4));
+        set_output_type(3, type, {n_batch, n_out, x[2]});
+        set_output_type(4, ov::element::f32, {n_batch, n_out, 1});
     }
 
     std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector &inputs) const override {
-        return std::make_shared<Node>(inputs, r_, n_prefix_);
+        return std::make_shared<Node>(inputs, r_, n_prefix_, epsilon_);
     }
 
     bool visit_attributes(ov::AttributeVisitor &visitor) override {
         visitor.on_attribute("r", r_);
         visitor.on_attribute("n_prefix", n_prefix_);
+        if (normalises()) visitor.on_attribute("epsilon", epsilon_);
         return true;
     }
 
@@ -73,6 +84,14 @@ template <class Operator> class Node : public ov::op::Op {
 
   private:
     std::int64_t r_ = 0, n_prefix_ = 0;
+    float epsilon_ = 0.f;
+
+    // Only our own sessions make such nodes, of a node and the LayerNorm and logarithm after it.
+    bool normalises() const { return get_input_size() == 5; }
+
+    static void shape(ov::Tensor &tensor, const ov::Shape &wanted) {
+        if (tensor.get_shape() != wanted) tensor.set_shape(wanted);
+    }
 
     template <class T> void compute(ov::TensorVector &out, const ov::TensorVector &in) const {
         const Operator op(r_, n_prefix_);
@@ -82,15 +101,23 @@ template <class Operator> class Node : public ov::op::Op {
         call.n_groups = signal[1], call.n_dims = signal[3];
         call.one_size = in[1].get_shape()[0] == 1;
         const std::size_t n_out = x[1] - op.removed();
-        out[0].set_shape({x[0], n_out, x[2]});
-        out[1].set_shape({x[0], n_out, 1});
-        out[2].set_shape({x[0], x[1]});
+        shape(out[0], {x[0], n_out, x[2]});
+        shape(out[1], {x[0], n_out, 1});
+        shape(out[2], {x[0], x[1]});
         call.x = static_cast<const T *>(in[0].data());
         call.size = in[1].data<const float>();
         call.signal = static_cast<const T *>(in[2].data());
         call.x_out = static_cast<T *>(out[0].data());
         call.size_out = out[1].data<float>();
         call.target = out[2].data<std::int64_t>();
+        if (normalises()) {
+            shape(out[3], {x[0], n_out, x[2]});
+            shape(out[4], {x[0], n_out, 1});
+            call.norm_weight = in[3].data<const float>(), call.norm_offset = in[4].data<const float>();
+            call.epsilon = epsilon_;
+            call.norm_out = static_cast<T *>(out[3].data());
+            call.log_size_out = out[4].data<float>();
+        }
         const auto n_threads = static_cast<std::size_t>(parallel_get_max_threads());
         run(op, call, Threads(n_threads, nullptr, [](void *, Threads::Task task, std::size_t n, void *job) {
             ov::parallel_for(n, [=](std::size_t i) { task(job, i); });

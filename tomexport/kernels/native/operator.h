@@ -20,6 +20,12 @@ template <class T> struct Call {
     T *x_out;
     float *size_out;
     std::int64_t *target;
+    // What comes next in a transformer, while the token is at hand; nullptr where it is not wanted:
+    // LayerNorm of x_out with a weight and an offset (C), and the logarithm of size_out.
+    const float *norm_weight, *norm_offset;
+    float epsilon;
+    T *norm_out;
+    float *log_size_out;
 };
 
 // The threads of the runtime itself.
@@ -51,41 +57,49 @@ class Threads {
 };
 
 // Work that is done in phases by all who come, in a single fork of the runtime's threads: a fork
-// costs microseconds. Nobody is waited for who has not begun: pieces are taken one by one, and a
-// phase ends when those that were taken are done. Each member begins at its own share, because the
-// operations before and after divide the tokens so too, and their caches hold that share.
+// costs microseconds. Each member has a share of a phase, because the operations before and after
+// divide the tokens so too, and its caches hold that share; a counter of its own for each share keeps
+// the cores from pulling one line back and forth. Who is done takes from the others' shares, so that
+// nobody is waited for who has not begun: a phase ends when the pieces that were taken are done.
 class Team {
   public:
     static constexpr int kPhases = 4;
-    static constexpr std::int64_t kPieces = 64;  // at most, in a phase
+    static constexpr std::size_t kMembers = 16;  // at most
 
-    explicit Team(std::size_t n_members) : n_members_(static_cast<std::int64_t>(n_members)) {}
+    explicit Team(std::size_t n_members) : n_members_(n_members) {}
 
     // Calls f(begin, end) on pieces of 0 … count. Every member calls this for the same phases.
     template <class F>
     void phase(int index, std::size_t member, std::int64_t count, std::int64_t grain, const F &f) {
-        Phase &p = phases_[index];
-        grain = std::max(grain, (count + kPieces - 1) / kPieces);
-        const std::int64_t n = (count + grain - 1) / grain;
-        const std::int64_t own = static_cast<std::int64_t>(member) * n / n_members_;
-        for (std::int64_t k = 0; k < n; ++k) {
-            const std::int64_t piece = (own + k) % n;
-            const std::uint64_t bit = std::uint64_t{1} << piece;
-            if (p.taken.load(std::memory_order_relaxed) & bit) continue;
-            if (p.taken.fetch_or(bit, std::memory_order_relaxed) & bit) continue;
-            f(piece * grain, std::min((piece + 1) * grain, count));
-            p.n_done.fetch_add(1, std::memory_order_release);
+        Share *const shares = shares_[index];
+        for (std::size_t k = 0; k < n_members_; ++k) {
+            const std::size_t whose = (member + k) % n_members_;
+            const std::int64_t end = first(whose + 1, count, grain);
+            for (std::int64_t begin; (begin = first(whose, count, grain) + shares[whose].n_taken.fetch_add(
+                                                  grain, std::memory_order_relaxed)) < end;) {
+                f(begin, std::min(begin + grain, end));
+                shares[whose].n_done.fetch_add(grain, std::memory_order_release);
+            }
         }
-        while (p.n_done.load(std::memory_order_acquire) < n) relax();
+        for (std::size_t k = 0; k < n_members_; ++k) {
+            const std::int64_t n = first(k + 1, count, grain) - first(k, count, grain);
+            while (shares[k].n_done.load(std::memory_order_acquire) < n) relax();
+        }
     }
 
   private:
-    struct alignas(64) Phase {
-        std::atomic<std::uint64_t> taken{0};
-        std::atomic<std::int64_t> n_done{0};
+    struct alignas(64) Share {
+        std::atomic<std::int64_t> n_taken{0}, n_done{0};
     };
-    std::int64_t n_members_;
-    Phase phases_[kPhases];
+    std::size_t n_members_;
+    Share shares_[kPhases][kMembers];
+
+    // Where a member's share begins: at a piece.
+    std::int64_t first(std::size_t member, std::int64_t count, std::int64_t grain) const {
+        const std::int64_t n_pieces = (count + grain - 1) / grain;
+        const auto n_members = static_cast<std::int64_t>(n_members_);
+        return std::min(count, static_cast<std::int64_t>(member) * n_pieces / n_members * grain);
+    }
 
     static void relax() {
 #if defined(__x86_64__) || defined(__i386__)

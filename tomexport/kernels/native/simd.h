@@ -49,6 +49,12 @@ inline float load_one(const BFloat16 *from) {
 }
 
 inline void store(float *to, Floats v) { std::memcpy(to, &v, sizeof v); }
+// To the nearest, ties to even; NaN stays NaN.
+inline void store(BFloat16 *to, Floats v) {
+    const Words bits = bits_of<Words>(v), rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    const Halves halves = __builtin_convertvector(v == v ? rounded : (bits >> 16 | 0x40), Halves);
+    std::memcpy(to, &halves, sizeof halves);
+}
 inline void store_one(float *to, float value) { *to = value; }
 // To the nearest, ties to even; NaN stays NaN.
 inline void store_one(BFloat16 *to, float value) {

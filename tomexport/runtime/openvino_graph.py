@@ -1,0 +1,142 @@
+"""What an OpenVINO session changes in a graph before it compiles it for fused kernels.
+
+Two things that a file cannot say, because they serve this runtime alone:
+
+- The LayerNorm and the logarithm that follow a merge become part of its kernel, which has the token
+  at hand. The node then has two more inputs, weight and offset, and two more outputs.
+- Where OpenVINO computes in bfloat16, it still runs nodes of other makers in the types that the
+  graph says, and converts to float32 and back around them. So the graph says bfloat16, from the
+  kernel's inputs to the sum that ends the MLP; sizes stay in float32.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tomexport.artifact import DOMAIN
+from tomexport.errors import need
+
+_X, _SIZE, _SIGNAL = range(3)  # inputs of ours, of which the first two are outputs too
+
+
+def prepare(model: Any, library: Path, *, bfloat16: bool) -> None:
+    """Change a model in place; the names of its tensors stay.
+
+    Args:
+        model: an openvino.Model, read with the library.
+        library: the fused kernels.
+        bfloat16: whether it will be computed in bfloat16.
+    """
+    passes = need("openvino.passes", "openvino")
+    manager = passes.Manager()
+    manager.register_pass(passes.ConstantFolding())
+    manager.run_passes(model)
+    factory = need("openvino.utils.node_factory", "openvino").NodeFactory()
+    factory.add_extension(str(library))
+    for node in model.get_ordered_ops():
+        if _is_ours(node):
+            _fuse_what_follows(node, factory)
+    if bfloat16:
+        for node in model.get_ordered_ops():
+            _say_bfloat16(node)
+    model.validate_nodes_and_infer_types()
+
+
+def _is_ours(node: Any) -> bool:
+    return bool(node.get_type_info().version_id == DOMAIN)
+
+
+def _readers(value: Any) -> list[Any]:
+    return [i.get_node() for i in value.get_target_inputs()]
+
+
+def _replace(old: Any, new: Any) -> None:
+    """Let all that read a value read another, which takes over its names."""
+    names, readers = old.get_names(), old.get_target_inputs()
+    old.set_names(set())
+    new.set_names(new.get_names() | names)
+    for reader in readers:
+        if reader.get_node() != new.get_node():
+            reader.replace_source_output(new)
+
+
+# --- what follows
+
+
+def _fuse_what_follows(node: Any, factory: Any) -> None:
+    norms = filter(None, map(_layer_norm, _readers(node.output(_X))))
+    if (found := next(norms, None)) is None:
+        return
+    norm, weight, offset, epsilon = found
+    logarithms = [n for n in _readers(node.output(_SIZE)) if n.get_type_name() == "Log"]
+    fused = factory.create(
+        node.get_type_name(),
+        [*node.input_values(), weight, offset],
+        {**node.get_attributes(), "epsilon": epsilon},
+    )
+    fused.set_friendly_name(node.get_friendly_name())
+    *outputs, norm_out, log_size_out = fused.outputs()
+    for old, new in zip(node.outputs(), outputs, strict=True):
+        _replace(old, new)
+    _replace(norm, norm_out)
+    for logarithm in logarithms:
+        _replace(logarithm.output(0), log_size_out)
+
+
+def _layer_norm(mvn: Any) -> tuple[Any, Any, Any, float] | None:
+    """Return output, weight, offset and epsilon of a LayerNorm over channels, or None."""
+    if mvn.get_type_name() != "MVN":
+        return None
+    said = mvn.get_attributes()
+    axes = mvn.input_value(1).get_node()
+    is_norm = said["normalize_variance"] and said["eps_mode"] == "INSIDE_SQRT"
+    if not is_norm or axes.get_type_name() != "Constant" or axes.get_data().tolist() != [-1]:
+        return None
+    scaled, weight = _with_constant(mvn.output(0), "Multiply")
+    shifted, offset = _with_constant(scaled, "Add")
+    return None if shifted is None else (shifted, weight, offset, said["eps"])
+
+
+def _with_constant(value: Any, kind: str) -> tuple[Any, Any]:
+    """Return the result of the one node that reads a value, and the vector it reads beside."""
+    readers = _readers(value) if value is not None else []
+    if [reader.get_type_name() for reader in readers] != [kind]:
+        return None, None
+    vectors = [v for v in readers[0].input_values() if _is_constant(v) and len(v.get_shape()) == 1]
+    return (readers[0].output(0), vectors[0]) if vectors else (None, None)
+
+
+def _is_constant(value: Any) -> bool:
+    return bool(value.get_node().get_type_name() == "Constant")
+
+
+# --- bfloat16
+
+
+def _say_bfloat16(node: Any) -> None:
+    """Let a node compute in bfloat16 if what it reads is so; those before it are done."""
+    types = need("openvino", "openvino").Type
+    inputs, kind = node.inputs(), node.get_type_name()
+    if _is_ours(node):
+        inputs = [inputs[_X], inputs[_SIGNAL]]
+    elif kind == "Convert" or types.bf16 not in map(_type, inputs):
+        return
+    wrong, right = (types.f32, types.bf16) if kind != "Result" else (types.bf16, types.f32)
+    for i in inputs:
+        if _type(i) == wrong:
+            i.replace_source_output(_converted(i.get_source_output(), right))
+    node.validate_and_infer_types()
+    if kind == "Add" and not any(map(_is_constant, node.input_values())):  # the residual sum
+        _replace(node.output(0), _converted(node.output(0), types.f32))
+
+
+def _type(reader: Any) -> Any:
+    return reader.get_source_output().get_element_type()
+
+
+def _converted(value: Any, to: Any) -> Any:
+    operators = need("openvino.opset13", "openvino")
+    if _is_constant(value):
+        return operators.constant(value.get_node().get_data(), to).output(0)
+    return operators.convert(value, to).output(0)
