@@ -30,7 +30,7 @@ def report(min_speedup: float | None = None) -> ProfileReport:
         variant("none", 10.0),
         variant("bound", 7.8, speedup=Interval(1.28, 1.26, 1.3)),
     )  # fmt: skip
-    run = Run("onnxruntime", "CPU", "f32", 1, 2, (0, 1), 20, 1.36, variants, "Merging pays.")
+    run = Run("onnxruntime", "CPU", "f32", 1, 2, (0, 1), 20, 2, 1.36, variants, "Merging pays.")
     return ProfileReport(
         "model.onnx", "test_vit", "tome", "const:8", 6, (run,), min_speedup, (),
         "2024-01-01T00:00:00Z", {"cpu": "a processor"}, {"tomexport": "0.1.0"},

@@ -24,7 +24,7 @@ def test_a_profile_fits_a_hundred_columns():
     assert lines[:3] == [
         "model.onnx: test_vit, tome, const:8",
         "",
-        "onnxruntime CPU f32, batch 1, 2 threads on CPUs 0, 1, 20 rounds",
+        "onnxruntime CPU f32, batch 1, 2 threads on CPUs 0, 1, 20 rounds, 2 launches",
     ]
     fused = next(line for line in lines if line.startswith("fused"))
     assert fused.split() == ["fused", "8.00", "7.60", "9.60", "16.00", "200", "1.25×",

@@ -243,6 +243,10 @@ def verify(
                  help="CPU threads, kept on as many CPUs; all if left out."),
     click.option("--rounds", default=20, show_default=True, metavar="N",
                  help="Time at least so many turns of each variant."),
+    click.option("--launches", default=3, show_default=True, metavar="N", help=(
+        "Launch the processes so often, each time for a part of the rounds: two processes of one "
+        "file can differ by some percent for as long as they live."
+    )),
     click.option("--seconds", default=20.0, show_default=True, metavar="T",
                  help="Time each runtime, precision and batch for at least so long."),
     click.option("--baseline", type=click.Path(path_type=Path), metavar="FILE",

@@ -135,7 +135,8 @@ def _run_table(run: Run) -> RenderableType:
             _whole(each.us_per_merge) if each.us_per_merge else "",
         )
     name = f"{run.backend} {run.device} {run.precision}, batch {run.batch}"
-    return Group(Text(f"{name}{threads}, {run.rounds} rounds"), table)
+    counts = f"{run.rounds} rounds, {run.launches} launches"
+    return Group(Text(f"{name}{threads}, {counts}"), table)
 
 
 def _whole(figure: Interval) -> str:

@@ -18,7 +18,7 @@ from tomexport.runtime import timing
 from tomexport.runtime.profile import percent, times, verdict
 from tomexport.runtime.timing import Interval
 
-QUICK = {"rounds": 6, "seconds": 0, "threads": 1}
+QUICK = {"rounds": 6, "launches": 1, "seconds": 0, "threads": 1}
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def report(files, kernel_cache):
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TOMEXPORT_KERNELS")
         patch.setenv("TOMEXPORT_CACHE", str(kernel_cache))
-        return tomexport.profile(files / "model.onnx", **QUICK)
+        return tomexport.profile(files / "model.onnx", **QUICK | {"launches": 2})
 
 
 # ---- what is measured
@@ -37,9 +37,9 @@ def test_every_runtime_and_precision_has_a_run(report):
     runs = [(run.backend, run.precision) for run in report.runs]
     assert runs[:2] == [("onnxruntime", "f32"), ("openvino", "f32")]
     assert len(runs) == len(set(runs))
-    assert {(run.device, run.batch, run.threads, run.rounds) for run in report.runs} == {
-        ("CPU", 1, 1, 6)
-    }
+    assert {
+        (run.device, run.batch, run.threads, run.rounds, run.launches) for run in report.runs
+    } == {("CPU", 1, 1, 6, 2)}
     assert (report.model, report.schedule, report.merges) == ("test_vit", "const:8", 5)
 
 
@@ -172,6 +172,8 @@ def test_a_device_that_one_runtime_has_leaves_the_other_out(files, monkeypatch):
 
 REFUSALS = {
     "too few rounds": ({"rounds": 5}, "5 rounds are too few for a 95 % interval"),
+    "no launch": ({"launches": 0}, "0 launches cannot share 6 rounds; each needs one"),
+    "more launches than rounds": ({"launches": 7}, "7 launches cannot share 6 rounds"),
     "negative seconds": ({"seconds": -1}, "-1 seconds is no length of time"),
     "endless": ({"seconds": float("inf")}, "is no length of time"),
     "no threads": ({"threads": 0}, "0 threads cannot be timed: this process may use"),
@@ -211,7 +213,7 @@ def test_a_speedup_that_is_required():
 
 
 QUICK_COMMAND = ["--backend", "onnxruntime", "--kernels", "off", "--no-operators", "--rounds", "6",
-                 "--seconds", "0", "--threads", "1"]  # fmt: skip
+                 "--launches", "1", "--seconds", "0", "--threads", "1"]  # fmt: skip
 
 
 def test_a_check_that_fails_shows_what_it_found(files, tmp_path, capsys):

@@ -99,6 +99,7 @@ class Run:
         threads: CPU threads; None left to the runtime, on other devices.
         cpus: the CPUs that each process was kept on; empty if the system cannot do that.
         rounds: in which every variant had a turn.
+        launches: of the processes, which share the rounds.
         predicted_speedup: by MACs.
         variants: the file first.
         verdict: what can be said, in words.
@@ -111,6 +112,7 @@ class Run:
     threads: int | None
     cpus: tuple[int, ...]
     rounds: int
+    launches: int
     predicted_speedup: float
     variants: tuple[Variant, ...]
     verdict: str
@@ -173,6 +175,7 @@ def profile(
     batches: Sequence[int] | None = None,
     threads: int | None = None,
     rounds: int = 20,
+    launches: int = 3,
     seconds: float = 20,
     baseline: str | Path | None = None,
     bound: str | Path | None = None,
@@ -196,6 +199,8 @@ def profile(
         batches: images per call; None takes the file's, or 1.
         threads: CPU threads, and CPUs to keep each process on; None takes all.
         rounds: at least this many turns of each variant.
+        launches: of the processes, each for a part of the rounds: two processes of one file can
+            differ by some percent for as long as they live.
         seconds: time each runtime, precision and batch for at least so long.
         baseline: the unmerged export; None looks for STEM.none.SUFFIX beside the file.
         bound: the free-merge bound; None looks for STEM.bound.SUFFIX beside the file.
@@ -208,7 +213,7 @@ def profile(
         MissingExtraError if no runtime is installed. No process is left behind.
     """
     path = Path(path)
-    _check_numbers(rounds, seconds, min_speedup)
+    _check_numbers(rounds, launches, seconds, min_speedup)
     cpus = _cpus(threads)
     chosen, notes = _runtimes(path, backends, device, precisions)
     metadata = read_artifact(chosen[0], path)[0]
@@ -223,7 +228,8 @@ def profile(
         predicted=_computed(peers[NONE][1].plan) / _computed(plan)
         if NONE in peers
         else plan.predicted_speedup,
-        rounds=rounds, seconds=seconds, operators=operators, progress=progress,
+        rounds=rounds, launches=launches, seconds=seconds, operators=operators,
+        progress=progress,
     )  # fmt: skip
     jobs = [
         Job("", backend.name, device, precision, batch,
@@ -244,6 +250,16 @@ def profile(
 
 
 @dataclass(frozen=True)
+class _Launch:
+    """What one launch of every variant gave, by the variant's name."""
+
+    jobs: dict[str, Job]
+    precision: str
+    samples: dict[str, Samples]
+    peaks: dict[str, int | None]
+
+
+@dataclass(frozen=True)
 class _Case:
     """What all runs have in common.
 
@@ -251,13 +267,14 @@ class _Case:
         files: file and kernels of each variant, the file itself first.
         merges: reductions in the file.
         predicted: speed-up by MACs.
-        rounds, seconds, operators, progress: as in `profile`.
+        rounds, launches, seconds, operators, progress: as in `profile`.
     """
 
     files: dict[str, tuple[str, str]]
     merges: int
     predicted: float
     rounds: int
+    launches: int
     seconds: float
     operators: bool
     progress: Progress
@@ -265,6 +282,38 @@ class _Case:
     def run(self, job: Job) -> Run | None:
         """Time all variants; None if the runtime's own precision is float32, timed already."""
         what = f"{job.backend} {job.device} {job.precision or 'own precision'}, batch {job.batch}"
+        launches = []
+        for index in range(self.launches):
+            launch = self._launch(job, f"{what}, launch {index + 1} of {self.launches}")
+            if launch is None:
+                return None
+            launches.append(launch)
+        jobs = launches[0].jobs
+        shared = min(len(turns) for launch in launches for turns in launch.samples.values())
+        samples = {  # all launches count alike
+            name: [turn for launch in launches for turn in launch.samples[name][:shared]]
+            for name in jobs
+        }
+        peaks = {name: _largest([launch.peaks[name] for launch in launches]) for name in jobs}
+        operators = {
+            name: self._operators(each, f"{what}: operators of {name}")
+            for name, each in jobs.items()
+            if name in (FUSED, PORTABLE) and self.operators
+        }
+        variants = tuple(
+            _variant(name, each.path, samples, self.launches, self.merges, peaks[name],
+                     operators.get(name, ()))
+            for name, each in jobs.items()
+        )  # fmt: skip
+        return Run(
+            job.backend, job.device, launches[0].precision, job.batch, job.threads, job.cpus,
+            rounds=shared * self.launches, launches=self.launches,
+            predicted_speedup=round(self.predicted, 4), variants=variants,
+            verdict=_verdict_of(variants, self.merges, self.predicted),
+        )  # fmt: skip
+
+    def _launch(self, job: Job, what: str) -> _Launch | None:
+        """Load every variant in a new process, and let them take turns; None as in `run`."""
         with ExitStack() as stack:
             workers: dict[str, Worker] = {}
             for name, (path, kernels) in self.files.items():
@@ -277,26 +326,14 @@ class _Case:
                     return None
                 workers[PORTABLE if name == FUSED and not loaded.kernels else name] = loaded
             timed = take_turns(
-                list(workers.values()), self.rounds, self.seconds,
-                lambda message: self.progress(f"{what}: {message}"),
+                list(workers.values()), math.ceil(self.rounds / self.launches),
+                self.seconds / self.launches, lambda message: self.progress(f"{what}: {message}"),
             )  # fmt: skip
-            samples = dict(zip(workers, timed, strict=True))
-            peaks = {name: each.peak_memory() for name, each in workers.items()}
-            precision = loaded.precision
-        operators = {
-            name: self._operators(each.job, f"{what}: operators of {name}")
-            for name, each in workers.items()
-            if name in (FUSED, PORTABLE) and self.operators
-        }
-        variants = tuple(
-            _variant(name, each, samples, self.merges, peaks[name], operators.get(name, ()))
-            for name, each in workers.items()
-        )
-        return Run(
-            job.backend, job.device, precision, job.batch, job.threads, job.cpus,
-            rounds=len(timed[0]), predicted_speedup=round(self.predicted, 4), variants=variants,
-            verdict=_verdict_of(variants, self.merges, self.predicted),
-        )  # fmt: skip
+            return _Launch(
+                {name: each.job for name, each in workers.items()}, loaded.precision,
+                dict(zip(workers, timed, strict=True)),
+                {name: each.peak_memory() for name, each in workers.items()},
+            )  # fmt: skip
 
     def _operators(self, job: Job, message: str) -> tuple[OperatorTime, ...]:
         """Profile a file in a process of its own: profiling slows it down."""
@@ -308,19 +345,24 @@ class _Case:
             return tuple(profiled.operators())
 
 
+def _largest(peaks: list[int | None]) -> int | None:
+    return max((peak for peak in peaks if peak is not None), default=None)
+
+
 def _variant(
-    name: str, worker: Worker, samples: dict[str, Samples], merges: int, peak_memory: int | None,
-    operators: tuple[OperatorTime, ...],
+    name: str, path: str, samples: dict[str, Samples], launches: int, merges: int,
+    peak_memory: int | None, operators: tuple[OperatorTime, ...],
 ) -> Variant:  # fmt: skip
     def against(other: str, figure: Callable[[Array, Array], Array]) -> Interval | None:
         if other not in samples or name in (NONE, other):
             return None
-        return Interval.of(figure(medians(samples[name]), medians(samples[other])))
+        figures = figure(medians(samples[name]), medians(samples[other]))
+        return Interval.of(figures.reshape(launches, -1))
 
     calls = np.concatenate(samples[name])
     p0, p20, p50, p90, p99 = np.percentile(calls, [0, 20, 50, 90, 99]).round(4).tolist()
     return Variant(
-        name, worker.job.path, len(calls),
+        name, path, len(calls),
         median_ms=p50, p20_ms=p20, p90_ms=p90, p99_ms=p99, min_ms=p0,
         spread=round((p90 - p20) / p50, 4),
         peak_memory=peak_memory,
@@ -398,11 +440,13 @@ def percent(share: Interval) -> str:
     return f"{share.value * 100:.1f}% ({share.low * 100:.1f}–{share.high * 100:.1f})"
 
 
-def _check_numbers(rounds: int, seconds: float, min_speedup: float | None) -> None:
+def _check_numbers(rounds: int, launches: int, seconds: float, min_speedup: float | None) -> None:
     if rounds < MIN_ROUNDS:
         raise BackendError(
             f"{rounds} rounds are too few for a 95 % interval; time at least {MIN_ROUNDS}."
         )
+    if not 1 <= launches <= rounds:
+        raise BackendError(f"{launches} launches cannot share {rounds} rounds; each needs one.")
     if not 0 <= seconds < math.inf:
         raise BackendError(f"{seconds} seconds is no length of time; use 0 or more.")
     if min_speedup is not None and not 0 < min_speedup < math.inf:
