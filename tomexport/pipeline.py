@@ -237,6 +237,7 @@ def export(
         staged = folder / output.name
         progress(f"writing {output.name}")
         write(graph, metadata, golden, staged)
+        del graph  # its copy of the weights: the runtimes need the room
         proof = verify_file(staged, progress=progress) if verify else None
         if proof and proof.passed and images:
             progress("computing the images with PyTorch")

@@ -25,7 +25,7 @@ template <class T> struct Result {
     std::vector<float> size;
     std::vector<std::int64_t> target;
     std::vector<T> norm;
-    std::vector<float> log_size;
+    std::vector<T> log_size;
 };
 
 constexpr float kEpsilon = 1e-6f;

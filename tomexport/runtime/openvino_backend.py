@@ -233,12 +233,15 @@ def _inlined(path: Path) -> Iterator[Path | bytes]:
         return
     from onnx import inliner
 
-    content = inliner.inline_local_functions(model).SerializeToString()
-    if all(w.data_location == onnx.TensorProto.DEFAULT for w in model.graph.initializer):
+    model = inliner.inline_local_functions(model)
+    outside = [w for w in model.graph.initializer if w.data_location == w.EXTERNAL]
+    content = model.SerializeToString()
+    if not outside:
+        del model  # as large as the content
         yield content
         return
     with scratch.folder(path) as folder:
-        for weights in model.graph.initializer:
+        for weights in outside:
             for entry in weights.external_data:
                 part = folder / Path(entry.value).name
                 if entry.key == "location" and not part.exists():

@@ -5,8 +5,8 @@ Two things that a file cannot say, because they serve this runtime alone:
 - The LayerNorm and the logarithm that follow a merge become part of its kernel, which has the token
   at hand. The node then has two more inputs, weight and offset, and two more outputs.
 - Where OpenVINO computes in bfloat16, it still runs nodes of other makers in the types that the
-  graph says, and converts to float32 and back around them. So the graph says bfloat16, from the
-  kernel's inputs to the sum that ends the MLP; sizes stay in float32.
+  graph says, and converts to float32 and back around them. So the graph says bfloat16 from the
+  first of our nodes on; only sizes stay in float32.
 """
 
 from __future__ import annotations
@@ -57,8 +57,7 @@ def _replace(old: Any, new: Any) -> None:
     old.set_names(set())
     new.set_names(new.get_names() | names)
     for reader in readers:
-        if reader.get_node() != new.get_node():
-            reader.replace_source_output(new)
+        reader.replace_source_output(new)
 
 
 # --- what follows
@@ -127,8 +126,6 @@ def _say_bfloat16(node: Any) -> None:
         if _type(i) == wrong:
             i.replace_source_output(_converted(i.get_source_output(), right))
     node.validate_and_infer_types()
-    if kind == "Add" and not any(map(_is_constant, node.input_values())):  # the residual sum
-        _replace(node.output(0), _converted(node.output(0), types.f32))
 
 
 def _type(reader: Any) -> Any:

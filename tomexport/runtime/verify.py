@@ -169,6 +169,7 @@ def verify(
     forms = _forms(path, fused.choice(kernels, device), device)
     for chosen, form in itertools.product(backends, forms):
         for wanted in [precision] if precision else default_precisions(chosen, device):
+            runner = None  # the last one holds weights
             runner = load(
                 path, chosen.name, device, None, wanted,
                 kernels=form, extra_outputs=metadata.decisions,

@@ -79,7 +79,7 @@ class Merge {
         const float *norm_weight, *norm_offset;
         float epsilon;
         T *norm_out;
-        float *log_size_out;
+        T *log_size_out;
         float *a, *b;           // directions: (rows, width) and (columns / kColumns, D, kColumns)
         float *row;             // (columns / lanes, width) a token on its way into its panel
         float *best;            // (rows) the largest similarity of each row of A
@@ -328,7 +328,7 @@ class Merge {
 
     template <class T> static void follow(const Image<T> &m, std::int64_t slot) {
         if (!m.norm_out) return;
-        m.log_size_out[slot] = std::log(m.size_out[slot]);
+        store_one(m.log_size_out + slot, std::log(m.size_out[slot]));
         layer_norm(m, m.x_out + slot * m.channels, m.norm_out + slot * m.channels);
     }
 

@@ -60,7 +60,7 @@ template <class Operator> class Node : public ov::op::Op {
         NODE_VALIDATION_CHECK(this, norm_fits, "a weight and an offset (C) in f32 wanted, not ",
                               get_input_partial_shape(3), " and ", get_input_partial_shape(4));
         set_output_type(3, type, {n_batch, n_out, x[2]});
-        set_output_type(4, ov::element::f32, {n_batch, n_out, 1});
+        set_output_type(4, type, {n_batch, n_out, 1});
     }
 
     std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector &inputs) const override {
@@ -116,7 +116,7 @@ template <class Operator> class Node : public ov::op::Op {
             call.norm_weight = in[3].data<const float>(), call.norm_offset = in[4].data<const float>();
             call.epsilon = epsilon_;
             call.norm_out = static_cast<T *>(out[3].data());
-            call.log_size_out = out[4].data<float>();
+            call.log_size_out = static_cast<T *>(out[4].data());
         }
         const auto n_threads = static_cast<std::size_t>(parallel_get_max_threads());
         run(op, call, Threads(n_threads, nullptr, [](void *, Threads::Task task, std::size_t n, void *job) {

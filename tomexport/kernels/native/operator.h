@@ -25,7 +25,7 @@ template <class T> struct Call {
     const float *norm_weight, *norm_offset;
     float epsilon;
     T *norm_out;
-    float *log_size_out;
+    T *log_size_out;
 };
 
 // The threads of the runtime itself.
