@@ -1,6 +1,6 @@
 // Runs the fused kernel on the cases of a file, as a runtime would, and writes what it computes:
 //   native_cases CASES RESULTS
-// A case is the nine numbers of `Sizes`, then x, size and signal, weight and offset of a LayerNorm; a
+// A case is the ten numbers of `Sizes`, then x, size and signal, weight and offset of a LayerNorm; a
 // result is x, size and target, and then what follows: the normalised x and the logarithm of size.
 // Every array has a heap block of exactly its size, so that sanitizers see each step past its end.
 
@@ -17,7 +17,7 @@ namespace {
 using namespace tomexport;
 
 struct Sizes {
-    std::int64_t r, n_prefix, n_batch, n_tokens, n_channels, n_groups, n_dims, n_sizes, is_bfloat16;
+    std::int64_t r, n_prefix, raster, n_batch, n_tokens, n_channels, n_groups, n_dims, n_sizes, is_bfloat16;
 };
 
 template <class T> struct Result {
@@ -87,7 +87,7 @@ template <class T> const char *run_case(const Sizes &s, std::istream &in, std::o
     const auto weight = read<float>(in, s.n_channels), offset = read<float>(in, s.n_channels);
     if (!in) return "the file ends too early";
 
-    const Merge op(s.r, s.n_prefix);
+    const Merge op(s.r, s.n_prefix, s.raster != 0);
     if (const char *why = op.refusal(s.n_tokens)) return why;
     Call<T> call{};
     call.n_batch = s.n_batch, call.n_tokens = s.n_tokens, call.n_channels = s.n_channels;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -42,7 +43,7 @@ def slow_scores(signal: np.ndarray, n_prefix: int) -> tuple[np.ndarray, list[int
     return np.where(np.isnan(scores), -np.inf, scores), set_a, set_b
 
 
-def slow_match(signal: np.ndarray, r: int, n_prefix: int) -> np.ndarray:
+def slow_match(signal: np.ndarray, r: int, n_prefix: int, raster: bool = False) -> np.ndarray:
     """The slot of each token of one image, from its signal (G, N, D)."""
     n = signal.shape[1]
     if r == 0:
@@ -53,8 +54,11 @@ def slow_match(signal: np.ndarray, r: int, n_prefix: int) -> np.ndarray:
     ranked = sorted(set_a, key=lambda i: -best[i])  # stable: the lower index first
     sources, kept = ranked[:r], ranked[r:]
     order = [*range(n_prefix), *(sorted(kept) if n_prefix else kept), *set_b]
+    goes_to = [partner[t] if t in sources else t for t in range(n)]
+    if raster:
+        order.sort(key=goes_to.index)  # by the first token that goes there
     slot = {token: place for place, token in enumerate(order)}
-    return np.array([slot[partner[t] if t in sources else t] for t in range(n)])
+    return np.array([slot[token] for token in goes_to])
 
 
 def slow_merge(
@@ -68,7 +72,7 @@ def slow_merge(
     return total / sizes, sizes
 
 
-def slow_margin(signal: np.ndarray, r: int, n_prefix: int) -> float:
+def slow_margin(signal: np.ndarray, r: int, n_prefix: int, raster: bool = False) -> float:
     """The smallest difference of two scores whose exchange would change the target."""
     if r == 0:
         return np.inf
@@ -81,12 +85,17 @@ def slow_margin(signal: np.ndarray, r: int, n_prefix: int) -> float:
             if place < r:  # it merges: another partner, or a kept token in its stead
                 gaps += [*(best[i] - np.delete(scores[i], scores[i].argmax()))]
                 gaps += [*(best[i] - best[ranked[r:]])]
-            elif not n_prefix:  # it stays, at a place that its rank gives
+            elif not n_prefix and not raster:  # it stays, at a place that its rank gives
                 gaps += [*(best[i] - best[ranked[place + 1 :]])]
     return float(np.nan_to_num(min(gaps) if not np.isnan(gaps).any() else 0.0, posinf=np.inf))
 
 
 # --- the forms
+
+
+def attributes(case: Case) -> dict[str, int]:
+    """The attributes of a node for a case."""
+    return {"r": case.r, "n_prefix": case.n_prefix} | ({"raster": 1} if case.raster else {})
 
 
 def one_node_model(case: Case, *, opset: int = OPSET, size_batch: int | None = None) -> bytes:
@@ -96,7 +105,7 @@ def one_node_model(case: Case, *, opset: int = OPSET, size_batch: int | None = N
         return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
 
     b, n, m = case.batch, case.n, case.n - case.r
-    body = MERGE.body(n, case.r, case.n_prefix, opset)
+    body = MERGE.body(n, case.r, case.n_prefix, opset, case.raster)
     inputs = [
         value("x", b, n, case.channels),
         value("size", size_batch or b, n, 1),
@@ -111,7 +120,7 @@ def one_node_model(case: Case, *, opset: int = OPSET, size_batch: int | None = N
         DOMAIN,
         MERGE.name,
         inputs,
-        [ir.AttrInt64("r", case.r), ir.AttrInt64("n_prefix", case.n_prefix)],
+        [ir.AttrInt64(name, value) for name, value in attributes(case).items()],
         overload=body.overload,
         outputs=outputs,
     )
@@ -160,7 +169,8 @@ Form = Callable[[bytes, list[np.ndarray]], list[np.ndarray]]
 
 def run_reference(case: Case, inputs: list[np.ndarray]) -> list[np.ndarray]:
     tensors = [torch.from_numpy(array) for array in inputs]
-    return [t.numpy() for t in MERGE.reference(*tensors, r=case.r, n_prefix=case.n_prefix)]
+    found = MERGE.reference(*tensors, r=case.r, n_prefix=case.n_prefix, raster=case.raster)
+    return [tensor.numpy() for tensor in found]
 
 
 def arrays(case: Case) -> list[np.ndarray]:
@@ -237,6 +247,9 @@ def test_operator_called_in_torch_is_the_reference() -> None:
     x, size, signal = case.inputs()
     called = MERGE(x, size, signal, r=10, n_prefix=2)
     assert_equal([t.numpy() for t in called], run_reference(case, arrays(case)))
+    called = MERGE(x, size, signal, r=10, n_prefix=2, raster=True)
+    case = replace(case, raster=True)
+    assert_equal([t.numpy() for t in called], run_reference(case, arrays(case)))
 
 
 # --- the graph
@@ -285,7 +298,8 @@ def test_body_is_as_large_for_any_n(n: int) -> None:
 def test_each_site_has_a_body_of_its_own() -> None:
     sites = [(197, 8, 1), (189, 8, 1), (197, 16, 1), (197, 8, 2)]
     bodies = [MERGE.body(*site, OPSET) for site in sites]
-    assert len({body.identifier() for body in bodies}) == len(sites)
+    bodies.append(MERGE.body(197, 8, 1, OPSET, raster=True))
+    assert len({body.identifier() for body in bodies}) == len(sites) + 1
     assert {(body.domain, body.name) for body in bodies} == {("tomexport", "Merge")}
 
 
@@ -297,7 +311,7 @@ def test_reference_follows_the_rule(case: Case) -> None:
     x, size, signal = arrays(case)
     merged, merged_size, target = run_reference(case, [x, size, signal])
     for image in range(case.batch):
-        rule = slow_match(signal[image], case.r, case.n_prefix)
+        rule = slow_match(signal[image], case.r, case.n_prefix, case.raster)
         np.testing.assert_array_equal(target[image], rule)
         values, sizes = slow_merge(x[image], size[image], rule, case.n - case.r)
         np.testing.assert_array_equal(merged_size[image], sizes)
@@ -315,14 +329,14 @@ def exact_problems(draw: Callable) -> tuple[Case, np.ndarray]:
     case = Case(n, r, n_prefix, draw(st.integers(1, 3)), dim, groups, channels=3)
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     signal = random.choice([-1, 1], (case.batch, 1, n, dim)).astype(np.float32)
-    return case, np.repeat(signal, groups, axis=1)
+    return replace(case, raster=draw(st.booleans())), np.repeat(signal, groups, axis=1)
 
 
 @given(exact_problems())
 def test_match_follows_the_rule(problem: tuple[Case, np.ndarray]) -> None:
     case, signal = problem
-    target = reference.match(torch.from_numpy(signal), case.r, case.n_prefix)
-    rule = [slow_match(image, case.r, case.n_prefix) for image in signal]
+    target = reference.match(torch.from_numpy(signal), case.r, case.n_prefix, case.raster)
+    rule = [slow_match(image, case.r, case.n_prefix, case.raster) for image in signal]
     np.testing.assert_array_equal(target.numpy(), np.stack(rule))
 
 
@@ -398,13 +412,14 @@ def test_merge_leaves_its_inputs_alone_and_decisions_carry_no_gradient() -> None
 
 
 def margins(signal: np.ndarray, case: Case) -> np.ndarray:
-    return reference.margin(torch.from_numpy(signal), case.r, case.n_prefix).numpy()
+    found = reference.margin(torch.from_numpy(signal), case.r, case.n_prefix, case.raster)
+    return found.numpy()
 
 
 @given(exact_problems())
 def test_margin_is_the_smallest_deciding_difference(problem: tuple[Case, np.ndarray]) -> None:
     case, signal = problem
-    expected = [slow_margin(image, case.r, case.n_prefix) for image in signal]
+    expected = [slow_margin(image, case.r, case.n_prefix, case.raster) for image in signal]
     np.testing.assert_array_equal(margins(signal, case), np.array(expected, np.float32))
 
 
@@ -415,7 +430,7 @@ def test_margin_is_the_smallest_deciding_difference(problem: tuple[Case, np.ndar
 )
 def test_margin_of_the_cases(case: Case) -> None:
     signal = arrays(case)[2]
-    expected = [slow_margin(image, case.r, case.n_prefix) for image in signal]
+    expected = [slow_margin(image, case.r, case.n_prefix, case.raster) for image in signal]
     np.testing.assert_allclose(margins(signal, case), expected, rtol=0, atol=5e-7)
 
 
@@ -511,3 +526,17 @@ def test_every_form_computes_the_reference_on_photographs(
     assert_equal_where_decided(found[2], target, margins(inputs[2], case))
     same = (found[2] == target).all(axis=1)
     assert_equal([a[same] for a in found], [merged[same], size[same], target[same]])
+
+
+@given(exact_problems())
+def test_in_raster_order_each_slot_stands_where_its_first_token_stood(
+    problem: tuple[Case, np.ndarray],
+) -> None:
+    case, signal = problem
+    signals = torch.from_numpy(signal)
+    ordinary = reference.match(signals, case.r, case.n_prefix).tolist()
+    raster = reference.match(signals, case.r, case.n_prefix, raster=True).tolist()
+    for before, after in zip(ordinary, raster, strict=True):
+        firsts = [after.index(slot) for slot in range(case.n - case.r)]
+        assert firsts == sorted(firsts)
+        assert len({*zip(before, after, strict=True)}) == case.n - case.r  # only the numbers differ

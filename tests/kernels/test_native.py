@@ -28,6 +28,7 @@ from tests.kernels.test_merge import (
     OUTPUTS,
     arrays,
     assert_equal,
+    attributes,
     margins,
     one_node_model,
     run_reference,
@@ -61,6 +62,7 @@ class Job:
     size: Tensor
     signal: Tensor
     exact: bool = False
+    raster: bool = False
 
     def bfloat16(self) -> Job:
         name, x, signal = f"{self.name}-bf16", self.x.bfloat16(), self.signal.bfloat16()
@@ -70,7 +72,7 @@ class Job:
         """Return it as native_cases.cpp reads it."""
         (b, n, c), (g, d) = self.x.shape, self.signal.shape[1::2]
         is_bfloat16 = self.x.dtype == torch.bfloat16
-        sizes = [self.r, self.n_prefix, b, n, c, g, d, len(self.size), is_bfloat16]
+        sizes = [self.r, self.n_prefix, self.raster, b, n, c, g, d, len(self.size), is_bfloat16]
         parts = (torch.tensor(sizes), self.x, self.size, self.signal, *self.affine)
         return b"".join(p.contiguous().view(torch.uint8).numpy().tobytes() for p in parts)
 
@@ -96,7 +98,7 @@ class Job:
     @cached_property
     def expected(self) -> tuple[Tensor, Tensor, Tensor]:
         inputs = (self.x.float(), self.size, self.signal.float())
-        return MERGE.reference(*inputs, r=self.r, n_prefix=self.n_prefix)
+        return MERGE.reference(*inputs, r=self.r, n_prefix=self.n_prefix, raster=self.raster)
 
     def check(self, found: list[Tensor]) -> None:
         expected = self.expected
@@ -135,7 +137,7 @@ def signs_job(index: int) -> Job:
     size = random.integers(1, 9, (b, n, 1)).astype(np.float32)
     signal = random.choice([-1, 1], (b, 1, n, d)).astype(np.float32).repeat(g, axis=1)
     tensors = map(torch.from_numpy, (x, size, signal))
-    return Job(f"signs-{index}", int(r), int(p), *tensors)
+    return Job(f"signs-{index}", int(r), int(p), *tensors, raster=index % 2 == 1)
 
 
 def halves_job() -> Job:
@@ -153,7 +155,10 @@ def odd_values_job() -> Job:
 
 @lru_cache
 def jobs() -> list[Job]:
-    own = [Job(case.name, case.r, case.n_prefix, *case.inputs()) for case in cases()]
+    own = [
+        Job(case.name, case.r, case.n_prefix, *case.inputs(), raster=case.raster)
+        for case in cases()
+    ]
     one_size = [
         replace(job, name=f"{job.name}-one_size", size=job.size[:1])
         for job in own
@@ -165,7 +170,7 @@ def jobs() -> list[Job]:
 
 def test_every_job_is_decided() -> None:
     for job in jobs():
-        margin = reference.margin(job.signal.float(), job.r, job.n_prefix)
+        margin = reference.margin(job.signal.float(), job.r, job.n_prefix, job.raster)
         assert ((margin == 0) | (margin > UNDECIDED)).all(), job.name
 
 
@@ -329,7 +334,7 @@ def session(request: pytest.FixtureRequest, libraries: dict[str, Path]) -> Calla
 def fixed(case: Case, **shapes: tuple) -> bytes:
     """A model for the shapes of a case."""
     own = {name: array.shape for name, array in zip(INPUTS, arrays(case), strict=True)}
-    return node_alone(**own | shapes, r=case.r, n_prefix=case.n_prefix)
+    return node_alone(**own | shapes, **attributes(case))
 
 
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)

@@ -7,6 +7,9 @@ A (even) and B (odd). The r tokens of A that are most similar to their best part
 it. The order out is: prefix, what is left of A, B. What is left of A keeps its order where there is
 a prefix; without one it comes by descending score, as in the original.
 
+With `raster` it is none of these: each slot stands where the first of its tokens stood, so that
+tokens keep the order of their places in the image. Nodes can leave the attribute out.
+
 `target[b, n]` is the slot that token n goes to.
 
 Similarity is the cosine between tokens' signals, averaged over the G groups (the heads, where they

@@ -17,6 +17,7 @@ class Case:
         directions: "many": all different; "few", "one": ties, which are exact where `dim` is a
             power of four and `groups` one of two; "lost": in the middle image many tokens have
             none; "none": nor has any other there.
+        raster: whether slots are numbered by their first tokens.
     """
 
     n: int
@@ -27,11 +28,12 @@ class Case:
     groups: int = 1
     channels: int = 24
     directions: str = "many"
+    raster: bool = False
 
     @property
     def name(self) -> str:
         sizes = f"n{self.n}-r{self.r}-p{self.n_prefix}-b{self.batch}-g{self.groups}-d{self.dim}"
-        return f"{sizes}-c{self.channels}-{self.directions}"
+        return f"{sizes}-c{self.channels}-{self.directions}{'-raster' if self.raster else ''}"
 
     @property
     def broken(self) -> int | None:
@@ -97,4 +99,11 @@ def cases() -> list[Case]:
         *(Case(64, r, p, batch=3, directions="lost") for p in prefixes for r in (5, 29)),
         *(Case(41, 10, p, batch=3, directions="none") for p in prefixes),
         Case(50, 20, 1, batch=2, groups=3, dim=7, directions="lost"),
+        # in raster order
+        Case(784, 16, 0, groups=2, dim=32, channels=64, raster=True),
+        *(Case(n, n // 2, 0, batch=3, raster=True) for n in (2, 3, 10, 49, 784)),
+        *(Case(41, 0, p, batch=3, raster=True) for p in prefixes),
+        *(Case(41, 10, p, 3, directions=d, raster=True) for p in prefixes for d in ("few", "lost")),
+        Case(41, 18, 5, batch=3, directions="one", raster=True),
+        Case(197, 90, 1, batch=3, groups=3, dim=64, directions="few", raster=True),
     ]

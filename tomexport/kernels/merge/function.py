@@ -18,17 +18,21 @@ import numpy as np
 import onnx_ir as ir
 
 from tomexport.kernels.merge.reference import parities
+from tomexport.kernels.raster import in_raster_order_onnx
 
 _BELOW_ZERO = -1e-37  # nearer to zero than two cosines come that differ, and not denormal
 
 
 def merge(
-    op: Any, x: ir.Value, size: ir.Value, signal: ir.Value, *, n: int, r: int, n_prefix: int
-) -> tuple[ir.Value, ir.Value, ir.Value]:
+    op: Any, x: ir.Value, size: ir.Value, signal: ir.Value, *, n: int, r: int, n_prefix: int,
+    raster: bool = False,
+) -> tuple[ir.Value, ir.Value, ir.Value]:  # fmt: skip
     """Trace the body for one site of n tokens. Shapes as in the package's docstring."""
     if r == 0:
         return _identity(op, x, size, n)
     target = _match(op, signal, n, r, n_prefix)
+    if raster:
+        target = in_raster_order_onnx(op, target, n, n - r)
     # (B, M, N): 1 where the token of the column goes to the slot of the row
     one_hot = op.OneHot(target, [n - r], [0.0, 1.0], axis=1)
     merged_size = op.MatMul(one_hot, size)  # (B, M, 1)

@@ -24,7 +24,9 @@ class Merge {
   public:
     static constexpr const char *kName = "Merge";
 
-    Merge(std::int64_t r, std::int64_t n_prefix) : r_(r), prefix_(n_prefix) {}
+    // `raster`: slots stand in the order of their first tokens.
+    Merge(std::int64_t r, std::int64_t n_prefix, bool raster)
+        : r_(r), prefix_(n_prefix), raster_(raster) {}
 
     std::int64_t removed() const { return r_; }
 
@@ -65,6 +67,7 @@ class Merge {
     static constexpr std::int64_t kSlots = 16;  // slots that are reduced as one piece of work
 
     std::int64_t r_, prefix_;
+    bool raster_;
 
     template <class T> struct Image {
         std::int64_t n, channels, groups, dims;
@@ -87,6 +90,7 @@ class Merge {
         std::uint32_t *rank;    // (|A| rounded up to vectors) sort keys, ascending is better
         std::int32_t *first;    // (M) the token that a slot begins with
         std::int32_t *next;     // (N) the token that shares its slot and comes after it, or −1
+        std::int32_t *number;   // (M) the place of a slot in raster order, or −1
     };
 
     static std::int64_t up(std::int64_t n, std::int64_t step) { return (n + step - 1) / step * step; }
@@ -115,7 +119,7 @@ class Merge {
 
         const std::int64_t n_rank = up(m.n_a, kLanes);
         const std::int64_t counts[] = {m.rows * m.width, m.columns * m.dims, m.columns / kLanes * m.width,
-                                       m.rows, m.rows, n_rank, n_out, m.n};
+                                       m.rows, m.rows, n_rank, n_out, m.n, raster_ ? n_out : 0};
         std::int64_t total = 0;
         for (std::int64_t count : counts) total += count;
         workspace.reserve(static_cast<std::size_t>(total) * 4, std::size(counts));
@@ -127,6 +131,7 @@ class Merge {
         m.rank = workspace.take<std::uint32_t>(counts[5]);
         m.first = workspace.take<std::int32_t>(counts[6]);
         m.next = workspace.take<std::int32_t>(counts[7]);
+        m.number = workspace.take<std::int32_t>(counts[8]);
         return m;
     }
 
@@ -256,7 +261,20 @@ class Merge {
             if (merges) join_slot(m, m.slot_b + m.partner[i], token);
             else begin_slot(m, prefix_ + n_kept++, token);
         }
-        if (prefix_ == 0) order_kept(m);
+        if (raster_) number_slots(m);
+        else if (prefix_ == 0) order_kept(m);
+    }
+
+    // Begins the slots again, each when its first token comes.
+    template <class T> void number_slots(const Image<T> &m) const {
+        std::int32_t n_begun = 0;
+        std::fill_n(m.number, m.n - r_, -1);
+        std::fill_n(m.next, m.n, -1);
+        for (std::int64_t token = 0; token < m.n; ++token) {
+            std::int32_t &number = m.number[m.target[token]];
+            if (number >= 0) join_slot(m, number, token);
+            else begin_slot(m, number = n_begun++, token);
+        }
     }
 
     // Without a prefix, what is kept of A comes by descending score.

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tomexport.errors import PlanError
+from tomexport.kernels.raster import in_raster_order
 
 
 def parities(n_prefix: int) -> tuple[int, int]:
@@ -23,7 +24,9 @@ def _scores(signal: Float[Tensor, "B G N D"], n_prefix: int) -> Float[Tensor, "B
     return scores.nan_to_num(nan=-torch.inf)
 
 
-def match(signal: Float[Tensor, "B G N D"], r: int, n_prefix: int) -> Int[Tensor, "B N"]:
+def match(
+    signal: Float[Tensor, "B G N D"], r: int, n_prefix: int, raster: bool = False
+) -> Int[Tensor, "B N"]:
     """Match the r most redundant tokens of A to their nearest token of B.
 
     Args:
@@ -31,6 +34,7 @@ def match(signal: Float[Tensor, "B G N D"], r: int, n_prefix: int) -> Int[Tensor
             group for each head.
         r: tokens to remove, 0 .. (N − n_prefix) // 2.
         n_prefix: tokens at the front that stay as they are.
+        raster: number the slots by the first token of each.
 
     Returns:
         The slot of each token, 0 .. N − r − 1.
@@ -63,10 +67,12 @@ def match(signal: Float[Tensor, "B G N D"], r: int, n_prefix: int) -> Int[Tensor
     target[:, :n_prefix] = torch.arange(n_prefix, device=device)
     target[:, first_a::2] = slots
     target[:, first_b::2] = torch.arange(first_b_slot, n - r, device=device)
-    return target
+    return in_raster_order(target, n - r) if raster else target
 
 
-def margin(signal: Float[Tensor, "B G N D"], r: int, n_prefix: int) -> Float[Tensor, " B"]:
+def margin(
+    signal: Float[Tensor, "B G N D"], r: int, n_prefix: int, raster: bool = False
+) -> Float[Tensor, " B"]:
     """Return how far the nearest other decision is, in units of cosine similarity.
 
     A form whose scores are off by less than half of this must decide the same. Where nothing is
@@ -78,7 +84,8 @@ def margin(signal: Float[Tensor, "B G N D"], r: int, n_prefix: int) -> Float[Ten
     scores = _scores(signal, n_prefix)
     ranked = scores.max(dim=-1).values.sort(dim=-1, descending=True)
     gaps = ranked.values[:, :-1] - ranked.values[:, 1:]  # (B, |A|−1): rank i from rank i + 1
-    deciding = gaps[:, r - 1 : r] if n_prefix else gaps[:, r - 1 :]  # kept tokens are ranked too
+    # without a prefix, unless in raster order, the tokens that are kept are ranked too
+    deciding = gaps[:, r - 1 : r] if n_prefix or raster else gaps[:, r - 1 :]
     if deciding.shape[1]:
         result = torch.minimum(result, deciding.amin(dim=-1))
     if scores.shape[2] > 1:
@@ -95,6 +102,7 @@ def merge(
     *,
     r: int,
     n_prefix: int,
+    raster: bool = False,
 ) -> tuple[Float[Tensor, "B M C"], Float[Tensor, "B M 1"], Int[Tensor, "B N"]]:
     """Merge r tokens: x becomes the size-weighted mean, sizes add up.
 
@@ -104,11 +112,12 @@ def merge(
         signal: see `match`.
         r: tokens to remove.
         n_prefix: protected tokens at the front.
+        raster: put each slot where its first token stood.
 
     Returns:
         The tokens that are left, their sizes, and the slot that each token went to.
     """
-    target = match(signal, r, n_prefix)
+    target = match(signal, r, n_prefix, raster)
     n_batch, n, n_channels = x.shape
     size = size.expand(n_batch, n, 1)
     slot = target[:, :, None]  # (B, N, 1)

@@ -84,10 +84,11 @@ template <class Operator> Status *compute(void *kernel, KernelContext *context) 
 }
 
 template <class Operator> Status *create(const CustomOp *, const Api *api, const KernelInfo *info, void **out) {
-    std::int64_t r = 0, n_prefix = 0;
+    std::int64_t r = 0, n_prefix = 0, raster = 0;
     if (Status *s = api->attribute(info, "r", &r)) return s;
     if (Status *s = api->attribute(info, "n_prefix", &n_prefix)) return s;
-    *out = new Kernel<Operator>{*api, Operator(r, n_prefix)};
+    if (Status *s = api->attribute(info, "raster", &raster)) api->release(s);  // it can be left out
+    *out = new Kernel<Operator>{*api, Operator(r, n_prefix, raster != 0)};
     return nullptr;
 }
 

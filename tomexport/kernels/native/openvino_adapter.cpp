@@ -3,7 +3,7 @@
 #include <openvino/core/extension.hpp>
 #include <openvino/core/op_extension.hpp>
 #include <openvino/core/parallel.hpp>
-#include <openvino/frontend/onnx/extension/op.hpp>
+#include <openvino/frontend/onnx/extension/conversion.hpp>
 #include <openvino/op/op.hpp>
 
 #include "operators.h"
@@ -24,8 +24,8 @@ template <class Operator> class Node : public ov::op::Op {
     const ov::DiscreteTypeInfo &get_type_info() const override { return get_type_info_static(); }
 
     Node() = default;
-    Node(const ov::OutputVector &inputs, std::int64_t r, std::int64_t n_prefix, float epsilon)
-        : Op(inputs), r_(r), n_prefix_(n_prefix), epsilon_(epsilon) {
+    Node(const ov::OutputVector &inputs, std::int64_t r, std::int64_t n_prefix, bool raster, float epsilon)
+        : Op(inputs), r_(r), n_prefix_(n_prefix), raster_(raster), epsilon_(epsilon) {
         constructor_validate_and_infer_types();
     }
 
@@ -40,7 +40,7 @@ template <class Operator> class Node : public ov::op::Op {
         NODE_VALIDATION_CHECK(this, fits, "x (B,N,C), size (B,N,1) and signal (B,G,N,D) wanted, not ", x,
                               ", ", size, " and ", signal);
         if (n.is_static()) {
-            const char *why = Operator(r_, n_prefix_).refusal(n.get_length());
+            const char *why = Operator(r_, n_prefix_, raster_).refusal(n.get_length());
             NODE_VALIDATION_CHECK(this, !why, "r = ", r_, " of ", n, " tokens: ", why);
             n_out = n.get_length() - r_;
         }
@@ -64,12 +64,13 @@ template <class Operator> class Node : public ov::op::Op {
     }
 
     std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector &inputs) const override {
-        return std::make_shared<Node>(inputs, r_, n_prefix_, epsilon_);
+        return std::make_shared<Node>(inputs, r_, n_prefix_, raster_, epsilon_);
     }
 
     bool visit_attributes(ov::AttributeVisitor &visitor) override {
         visitor.on_attribute("r", r_);
         visitor.on_attribute("n_prefix", n_prefix_);
+        visitor.on_attribute("raster", raster_);
         if (normalises()) visitor.on_attribute("epsilon", epsilon_);
         return true;
     }
@@ -84,6 +85,7 @@ template <class Operator> class Node : public ov::op::Op {
 
   private:
     std::int64_t r_ = 0, n_prefix_ = 0;
+    bool raster_ = false;
     float epsilon_ = 0.f;
 
     // Only our own sessions make such nodes, of a node and the LayerNorm and logarithm after it.
@@ -94,7 +96,7 @@ template <class Operator> class Node : public ov::op::Op {
     }
 
     template <class T> void compute(ov::TensorVector &out, const ov::TensorVector &in) const {
-        const Operator op(r_, n_prefix_);
+        const Operator op(r_, n_prefix_, raster_);
         const ov::Shape &x = in[0].get_shape(), &signal = in[2].get_shape();
         Call<T> call{};
         call.n_batch = x[0], call.n_tokens = x[1], call.n_channels = x[2];
@@ -125,11 +127,21 @@ template <class Operator> class Node : public ov::op::Op {
     }
 };
 
+// An ONNX node becomes ours. It can leave out `raster`.
+template <class Operator> ov::OutputVector convert(const ov::frontend::NodeContext &node) {
+    ov::OutputVector inputs;
+    for (std::size_t i = 0; i < node.get_input_size(); ++i) inputs.push_back(node.get_input(static_cast<int>(i)));
+    const auto r = node.get_attribute<std::int64_t>("r");
+    const auto n_prefix = node.get_attribute<std::int64_t>("n_prefix");
+    const auto raster = node.get_attribute<std::int64_t>("raster", 0);
+    return std::make_shared<Node<Operator>>(inputs, r, n_prefix, raster != 0, 0.f)->outputs();
+}
+
 template <class... Operator> std::vector<ov::Extension::Ptr> extensions(List<Operator...>) {
     std::vector<ov::Extension::Ptr> all;
     (all.insert(all.end(), {std::make_shared<ov::OpExtension<Node<Operator>>>(),
-                            std::make_shared<ov::frontend::onnx::OpExtension<Node<Operator>>>(
-                                Operator::kName, "tomexport")}),
+                            std::make_shared<ov::frontend::onnx::ConversionExtension>(
+                                Operator::kName, "tomexport", convert<Operator>)}),
      ...);
     return all;
 }
