@@ -35,20 +35,32 @@ class Cost:
 
     Attributes:
         before: per token that enters the block (projections of the attention).
-        pair: per pair of tokens that enter the block (the attention products).
+        pair: per pair of tokens that attend to each other (the attention products).
         after: per token that leaves the reduction (the MLP).
         query: the part of `before` that a token does without if nothing reads its result: query
             and output projection, not key and value.
+        slices: into how many equal runs the tokens are cut; attention stays inside each.
+        norm_before, norm_after: elements that are normalised, per token that enters or leaves.
     """
 
     before: int
     pair: int
     after: int
     query: int = 0
+    slices: int = 1
+    norm_before: int = 0
+    norm_after: int = 0
 
     def macs(self, tokens_in: int, tokens_out: int) -> int:
         """Return the MACs of a block that reduces between attention and MLP."""
-        return self.before * tokens_in + self.pair * tokens_in**2 + self.after * tokens_out
+        pairs = tokens_in**2 // self.slices
+        return self.before * tokens_in + self.pair * pairs + self.after * tokens_out
+
+    def flops_slides(self, tokens_in: int, tokens_out: int) -> int:
+        """Return the FLOPs of the same by the convention of `Plan.flops_slides`."""
+        products = self.before * tokens_in + self.after * tokens_out
+        elements = self.norm_before * tokens_in + self.norm_after * tokens_out
+        return _flops_slides(products, elements)
 
     def spared(self, tokens_in: int, tokens_out: int, n_read: int) -> int:
         """Return the MACs of those that are spared if only n_read tokens are read afterwards."""
@@ -86,9 +98,12 @@ class ModelCost:
     Attributes:
         name: what the user calls the model.
         sites: the calls of its blocks, in order.
-        fixed: MACs that no token count changes (stem, classifier).
+        fixed: MACs that no token count changes (stem, convolutions between stages, classifier).
         pool: MACs per token that is left to pool.
         n_read: how many tokens at the front the head reads; None if it reads all.
+        pool_products: the part of `pool` that is attention products.
+        norm_fixed: elements that are normalised whatever the token counts.
+        norm_left: elements that are normalised per token left at the end.
     """
 
     name: str
@@ -96,6 +111,28 @@ class ModelCost:
     fixed: int
     pool: int = 0
     n_read: int | None = None
+    pool_products: int = 0
+    norm_fixed: int = 0
+    norm_left: int = 0
+
+    def macs(self, tokens: Sequence[tuple[int, int]]) -> int:
+        """Return the MACs of an image; tokens are (in, out) of each site."""
+        blocks = [site.cost.macs(*each) for site, each in zip(self.sites, tokens, strict=True)]
+        return self.fixed + sum(blocks) + self.pool * (tokens[-1][1] - self.sites[-1].n_prefix)
+
+    def flops_slides(self, tokens: Sequence[tuple[int, int]]) -> int:
+        """Return the FLOPs of an image by the convention of `Plan.flops_slides`."""
+        left = tokens[-1][1]
+        n_pooled = left - self.sites[-1].n_prefix
+        blocks = [
+            site.cost.flops_slides(*each) for site, each in zip(self.sites, tokens, strict=True)
+        ]
+        products = self.fixed + (self.pool - self.pool_products) * n_pooled
+        return sum(blocks) + _flops_slides(products, self.norm_fixed + self.norm_left * left)
+
+
+def _flops_slides(products: int, normalised: int) -> int:
+    return 2 * (products + 4 * normalised)
 
 
 @dataclass(frozen=True)
@@ -235,6 +272,10 @@ class Step:
         removed: tokens that are removed, after the method's limit and the stage's alignment.
         tokens_out: tokens that the MLP sees.
         macs: multiply-accumulates of the block call.
+        slices: how many runs of tokens the attention stays inside of.
+        multiple: the tokens that are left are a multiple of this.
+        restored: tokens that come back after this call, where a stage ends and the next one needs
+            its whole grid; None elsewhere.
     """
 
     block: str
@@ -245,6 +286,9 @@ class Step:
     removed: int
     tokens_out: int
     macs: int
+    slices: int = 1
+    multiple: int = 1
+    restored: int | None = None
 
 
 @dataclass(frozen=True)
@@ -265,6 +309,10 @@ class Plan:
         macs_unreduced: the same for the original model.
         macs_spared: how many of `macs` the file does not compute, because the head reads the class
             token alone and so the last block computes no other. Exact; not the method's doing.
+        flops_slides: floating-point operations per image as the slides on SReT with merging, and
+            the profiler thop, count them: 2 × (products of convolutions and linear layers +
+            4 × elements that batch and layer norms take in); no attention products.
+        flops_slides_unreduced: the same for the original model.
         notes: what the reader should know: capped, aligned or padded requests.
     """
 
@@ -276,6 +324,8 @@ class Plan:
     macs: int
     macs_unreduced: int
     macs_spared: int = 0
+    flops_slides: int = 0
+    flops_slides_unreduced: int = 0
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -285,30 +335,42 @@ class Plan:
         Raises: PlanError if the schedule does not fit the model's sites.
         """
         steps: list[Step] = []
-        for site, request in zip(model.sites, schedule.requests(model.sites), strict=True):
+        following = [*model.sites[1:], None]
+        requests = schedule.requests(model.sites)
+        for site, request, after in zip(model.sites, requests, following, strict=True):
             tokens = steps[-1].tokens_out if steps and site.call else site.tokens_first
             removed = _fit(request, tokens, limit(tokens, site.n_prefix), site.multiple)
             out = tokens - removed
-            macs = site.cost.macs(tokens, out)
+            stage_ends = after is not None and after.stage != site.stage
             steps.append(
-                Step(site.block, site.stage, site.call, tokens, request, removed, out, macs)
+                Step(
+                    block=site.block,
+                    stage=site.stage,
+                    call=site.call,
+                    tokens_in=tokens,
+                    requested=request,
+                    removed=removed,
+                    tokens_out=out,
+                    macs=site.cost.macs(tokens, out),
+                    slices=site.cost.slices,
+                    multiple=site.multiple,
+                    restored=site.tokens_first if stage_ends else None,
+                )
             )
         last = model.sites[-1]
+        reduced = [(step.tokens_in, step.tokens_out) for step in steps]
+        unreduced = [(site.tokens_first, site.tokens_first) for site in model.sites]
         return cls(
             model=model.name,
             method=method,
             schedule=schedule.text,
             n_prefix=last.n_prefix,
             steps=tuple(steps),
-            macs=_total(model, [step.macs for step in steps], steps[-1].tokens_out),
-            macs_unreduced=_total(
-                model,
-                [site.cost.macs(site.tokens_first, site.tokens_first) for site in model.sites],
-                last.tokens_first,
-            ),
-            macs_spared=0
-            if model.n_read is None
-            else last.cost.spared(steps[-1].tokens_in, steps[-1].tokens_out, model.n_read),
+            macs=model.macs(reduced),
+            macs_unreduced=model.macs(unreduced),
+            macs_spared=0 if model.n_read is None else last.cost.spared(*reduced[-1], model.n_read),
+            flops_slides=model.flops_slides(reduced),
+            flops_slides_unreduced=model.flops_slides(unreduced),
             notes=_notes(steps, schedule.padding(len(steps))),
         )
 
@@ -316,6 +378,11 @@ class Plan:
     def removed_total(self) -> int:
         """Tokens removed over all sites."""
         return sum(step.removed for step in self.steps)
+
+    @property
+    def staged(self) -> bool:
+        """Whether there is more than one stage, so that tokens come back in between."""
+        return self.steps[-1].stage > 0
 
     @property
     def predicted_speedup(self) -> float:
@@ -351,21 +418,18 @@ def _fit(request: int, tokens: int, limit: int, multiple: int) -> int:
     return max(0, limit - (limit - tokens) % multiple)
 
 
-def _total(model: ModelCost, block_macs: list[int], tokens_left: int) -> int:
-    n_pooled = tokens_left - model.sites[-1].n_prefix
-    return model.fixed + sum(block_macs) + model.pool * n_pooled
-
-
 def _notes(steps: Sequence[Step], padding: int) -> tuple[str, ...]:
     notes = []
     capped = [step for step in steps if step.removed < step.requested]
     if capped:
-        where = ", ".join(f"{s.block}: {s.requested} → {s.removed}" for s in capped)
-        notes.append(f"capped at the most that can be removed there ({where})")
+        notes.append(f"capped at the most that can be removed there ({_where(capped)})")
     aligned = [step for step in steps if step.removed > step.requested]
     if aligned:
-        where = ", ".join(f"{s.block}: {s.requested} → {s.removed}" for s in aligned)
-        notes.append(f"rounded up, so that the rest divides into slices ({where})")
+        notes.append(f"rounded up, so that the rest divides into slices ({_where(aligned)})")
     if padding:
         notes.append(f"the list names {len(steps) - padding} of {len(steps)} sites; 0 at the rest")
     return tuple(notes)
+
+
+def _where(steps: Sequence[Step]) -> str:
+    return ", ".join(f"{s.block}: {s.requested} → {s.removed}" for s in steps)
