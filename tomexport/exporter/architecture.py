@@ -7,7 +7,6 @@ refused until the user names one: the tensors cannot tell.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from tomexport.errors import CheckpointError, TomexportError
+from tomexport.errors import CheckpointError, RewriteError, TomexportError
 from tomexport.exporter.checkpoint import Checkpoint
 from tomexport.exporter.layouts import LAYOUTS
 from tomexport.exporter.layouts.layout import Layout
@@ -34,7 +33,7 @@ class Built:
 
     Attributes:
         model: the original module with the weights in it, in evaluation mode.
-        names: the timm names that it could be; all compute the same.
+        names: the names that it could be; all compute the same.
         preprocessing: how images are prepared, or None if the names differ in it.
         notes: what the user should know of how it was found.
     """
@@ -55,26 +54,27 @@ def build(checkpoint: Checkpoint, arch: str | None = None) -> Built:
     Raises: CheckpointError if the weights do not fit, naming the keys, or fit several functions.
     """
     layout = _layout(checkpoint)
-    state = layout.rename(checkpoint.state)
+    state = layout.rename(checkpoint.state, checkpoint.source)
     state, notes = _without_spare(state, layout)
-    name = arch or checkpoint.architecture
+    own = checkpoint.architecture
+    name = arch or (layout.called(own) if own else None)
     if name and not arch:
         try:
             check_name(name)
         except TomexportError:
-            notes.append(f"the file calls itself {name!r}, no supported timm name: found by shapes")
+            notes.append(f"the file calls itself {own!r}, no supported timm name: found by shapes")
             name = None
     notes = [*checkpoint.notes, *notes]
     if name:
-        check_name(name)
-        options = _fitted(name, state, checkpoint.source)
+        _require_kin(name, layout, checkpoint.source)
+        options = layout.options(name, state, checkpoint.source)
         model = skeleton(name, **options)
         _require_fit(model, state, checkpoint.source, name, named_by_file=not arch)
         names: tuple[str, ...] = (name,)
         if not arch:
             notes.append(f"architecture {name}, as the file says")
     else:
-        names, options = _infer(state, checkpoint.source)
+        names, options = _infer(state, layout, checkpoint.source)
         model = skeleton(names[0], **options)
         notes.append(_fitting_note(names))
     _require_floats(state, model, checkpoint.source)
@@ -82,6 +82,14 @@ def build(checkpoint: Checkpoint, arch: str | None = None) -> Built:
     shared = {str(preprocessing(name)) for name in names}
     known = preprocessing(names[0]) if len(shared) == 1 else None
     return Built(model.eval(), names, known, tuple(notes))
+
+
+def _require_kin(name: str, layout: Layout, source: str) -> None:
+    if check_name(name) not in supported_names(layout.modules):
+        raise CheckpointError(
+            f"{source} names its weights as {layout.name} does, so it cannot be {name}, which is "
+            "a model of another kind. Leave out --arch to have the architecture found by shapes."
+        )
 
 
 def _require_floats(state: Mapping[str, Tensor], model: nn.Module, source: str) -> None:
@@ -130,44 +138,6 @@ def _without_spare(state: dict[str, Tensor], layout: Layout) -> tuple[dict[str, 
     return {key: tensor for key, tensor in state.items() if key not in spare}, notes
 
 
-def _fitted(name: str, state: Mapping[str, Tensor], source: str) -> dict[str, Any]:
-    """Return the options that make a timm name fit the weights: classes, image size, pooling."""
-    model: Any = skeleton(name)
-    head = state.get("head.weight", state.get("head.bias"))
-    options: dict[str, Any] = {
-        "num_classes": head.shape[0] if head is not None and head.ndim else 0
-    }
-    has_fc_norm, expects_fc_norm = "fc_norm.weight" in state, _has(model, "fc_norm.weight")
-    is_distilled = hasattr(model, "dist_token")  # always pools its two tokens
-    if has_fc_norm and not expects_fc_norm and "norm.weight" not in state and not is_distilled:
-        options["global_pool"] = "avg"
-    if expects_fc_norm and not has_fc_norm and "norm.weight" in state and model.has_class_token:
-        options["global_pool"] = "token"
-    position = state.get("pos_embed")
-    if position is not None and model.pos_embed is not None and position.ndim == 3:
-        n_position = position.shape[1]
-        if n_position != model.pos_embed.shape[1]:
-            options["img_size"] = _image_size(model, n_position, source)
-    return options
-
-
-def _has(model: nn.Module, key: str) -> bool:
-    return any(key == name for name, _ in model.named_parameters())
-
-
-def _image_size(model: Any, n_position: int, source: str) -> tuple[int, int]:
-    n_prefix = 0 if model.no_embed_class else model.num_prefix_tokens
-    n_patches = n_position - n_prefix
-    side = math.isqrt(max(n_patches, 0))
-    if side * side != n_patches or side == 0:
-        raise CheckpointError(
-            f"{source}: pos_embed has {n_position} positions; without the {n_prefix} prefix "
-            f"tokens that is {n_patches}, which is no square grid of patches."
-        )
-    height, width = model.patch_embed.patch_size
-    return side * height, side * width
-
-
 def _mismatch(
     model: nn.Module, state: Mapping[str, Tensor]
 ) -> tuple[list[str], list[str], list[str]]:
@@ -211,25 +181,27 @@ def _some(keys: list[str], limit: int = 6) -> str:
     return ", ".join(keys[:limit]) + more
 
 
-def _infer(state: Mapping[str, Tensor], source: str) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Return the timm names that fit, which all compute the same, and the options of the first."""
+def _infer(
+    state: Mapping[str, Tensor], layout: Layout, source: str
+) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Return the names that fit, which all compute the same, and the options of the first."""
     fits: dict[str, tuple[dict[str, Any], nn.Module]] = {}
     closest: tuple[int, str, nn.Module] | None = None
-    for name in supported_names():
-        if not _same_width(name, state):
+    for name in supported_names(layout.modules):
+        if not layout.may_fit(name, state):
             continue
         try:
-            options = _fitted(name, state, source)
-        except CheckpointError:
+            options = layout.options(name, state, source)
+            model = skeleton(name, **options)
+        except (CheckpointError, RewriteError):  # of a size that the name cannot have
             continue
-        model = skeleton(name, **options)
         distance = sum(map(len, _mismatch(model, state)))
         if distance == 0:
             fits[name] = (options, model)
         elif closest is None or distance < closest[0]:
             closest = (distance, name, model)
     if not fits:
-        _refuse_unknown(state, source, closest)
+        _refuse_unknown(state, layout, source, closest)
     # a name at its own image size and pooling describes the file better than one bent to fit
     fits = dict(sorted(fits.items(), key=lambda item: len(item[1][0])))
     functions: dict[Any, list[str]] = {}
@@ -245,24 +217,13 @@ def _infer(state: Mapping[str, Tensor], source: str) -> tuple[tuple[str, ...], d
     return tuple(names), fits[names[0]][0]
 
 
-def _same_width(name: str, state: Mapping[str, Tensor]) -> bool:
-    """Tell cheaply, from one block, whether a name can fit."""
-    model: Any = skeleton(name, depth=1)
-    expected = {k: v.shape for k, v in model.state_dict().items() if k.startswith("blocks.0.")}
-    found = {k: v.shape for k, v in state.items() if k.startswith("blocks.0.")}
-    n_shared = sum(found.get(key) == shape for key, shape in expected.items())
-    return bool(n_shared >= 0.5 * max(len(expected), 1))
-
-
 def _refuse_unknown(
-    state: Mapping[str, Tensor], source: str, closest: tuple[int, str, nn.Module] | None
+    state: Mapping[str, Tensor],
+    layout: Layout,
+    source: str,
+    closest: tuple[int, str, nn.Module] | None,
 ) -> NoReturn:
-    projection = state.get("patch_embed.proj.weight")
-    n_blocks = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
-    what = f"{n_blocks} blocks"
-    if projection is not None and projection.ndim == 4:
-        width, channels, *patch = projection.shape
-        what = f"width {width}, {what}, patches of {_shape(tuple(patch))}×{channels}"
+    what = layout.describe(state)
     way = (
         "If it is a known architecture with other arguments, build the model in Python and call "
         "tomexport.export(model, …)."

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from tomexport.errors import CheckpointError, RewriteError, UnknownNameError, did_you_mean, need
+from tomexport.exporter.models import MODELS
 
 # Operators that torchvision's Python registers shape rules for, whether or not its compiled half
 # could be loaded. PyPI's torchvision is built for CUDA; beside a CPU build of torch it cannot.
@@ -26,7 +27,7 @@ _kept_alive: list[Any] = []
 
 @lru_cache(maxsize=1)
 def timm() -> ModuleType:
-    """Import timm, also where torch is a CPU build and torchvision is PyPI's.
+    """Import timm with our own models in its registry, also where torchvision is PyPI's.
 
     Raises: MissingExtraError if timm is not installed.
     """
@@ -36,7 +37,10 @@ def timm() -> ModuleType:
         if "torchvision::nms does not exist" not in str(err):
             raise
         _declare_torchvision_operators()
-    return need("timm", "export")
+    package = need("timm", "export")
+    for model in MODELS:
+        model.register(package)
+    return package
 
 
 def _declare_torchvision_operators() -> None:
@@ -48,17 +52,13 @@ def _declare_torchvision_operators() -> None:
         del sys.modules[name]
 
 
-@lru_cache(maxsize=1)
-def supported_names() -> tuple[str, ...]:
-    """Return the timm names of all modules that a family covers."""
+@lru_cache(maxsize=8)
+def supported_names(modules: tuple[str, ...] | None = None) -> tuple[str, ...]:
+    """Return the names of some modules, or of all modules that a family covers."""
     from tomexport.exporter.families import FAMILIES
 
-    return tuple(
-        name
-        for family in FAMILIES
-        for module in family.modules
-        for name in timm().list_models(module=module)
-    )
+    chosen = [module for family in FAMILIES for module in family.modules]
+    return tuple(name for m in modules or chosen for name in timm().list_models(module=m))
 
 
 def check_name(name: str) -> str:

@@ -1,5 +1,6 @@
 """Checkpoint layouts, one file each: which keys are a model's own, and which can be left."""
 
+from tomexport.exporter.layouts.sret import SRET
 from tomexport.exporter.layouts.timm import TIMM
 
-LAYOUTS = (TIMM,)
+LAYOUTS = (TIMM, SRET)
