@@ -21,6 +21,7 @@ from torch import nn
 
 import tomexport
 from tomexport.errors import RewriteError
+from tomexport.exporter.families.vit import VIT
 from tomexport.exporter.weights import seed_weights
 from tomexport.exporter.zoo import skeleton, supported_names, timm
 
@@ -95,7 +96,7 @@ def _is_there(module: nn.Module | None) -> bool:
 
 def rows() -> Iterator[tuple[str, str, str]]:
     """Yield name, parts and verdict of every name."""
-    for name in supported_names():
+    for name in supported_names(VIT.modules):
         model = small(name)
         yield name, parts(model), verdict(model)
 

@@ -29,26 +29,35 @@ def _table(*columns: str, title: str | None = None) -> Table:
 def plan_table(plan: Plan) -> RenderableType:
     """Show tokens and MACs of every block, and the totals."""
     table = _table(
-        "block", "tokens in", "requested", "removed", "tokens out", "MMACs", "share",
+        "block", *(("call", "multiple") if plan.staged else ()),
+        "tokens in", "requested", "removed", "tokens out", "MMACs", "share",
         title=f"{plan.model}, {plan.method}, {plan.schedule}",
     )  # fmt: skip
     for step in plan.steps:
         removed = f"{step.removed}" if step.removed == step.requested else f"{step.removed} *"
+        place = (f"{step.stage}.{step.call}", f"{step.multiple}") if plan.staged else ()
         table.add_row(
             step.block,
+            *place,
             f"{step.tokens_in}",
             f"{step.requested}",
             removed,
-            f"{step.tokens_out}",
+            f"{step.tokens_out}{f' → {step.restored}' if step.restored else ''}",
             f"{step.macs / 1e6:.1f}",
             f"{step.macs / plan.macs:.1%}",
         )
     rest = plan.macs - sum(step.macs for step in plan.steps)
-    table.add_row("stem and head", "", "", "", "", f"{rest / 1e6:.1f}", f"{rest / plan.macs:.1%}")
+    blank = [""] * (len(table.columns) - 3)
+    name = "stem, pools and head" if plan.staged else "stem and head"
+    table.add_row(name, *blank, f"{rest / 1e6:.1f}", f"{rest / plan.macs:.1%}")
     summary = (
         f"removed {plan.removed_total} tokens in all; {plan.macs / 1e9:.3f} GMACs of "
         f"{plan.macs_unreduced / 1e9:.3f} unreduced; predicted speed-up "
         f"{plan.predicted_speedup:.2f}×"
+    )
+    slides = (
+        f"GFLOPs without attention products, norms included (as thop counts them): "
+        f"{plan.flops_slides / 1e9:.3f} of {plan.flops_slides_unreduced / 1e9:.3f}"
     )
     notes = [Text(f"* {note}") for note in plan.notes]
     if plan.macs_spared:
@@ -58,7 +67,7 @@ def plan_table(plan: Plan) -> RenderableType:
         notes.append(
             Text(f"{spared}class token alone, so the last block computes no other (exact)")
         )
-    return Group(table, Text(summary), *notes)
+    return Group(table, Text(summary), Text(slides), *notes)
 
 
 def verify_table(report: VerifyReport) -> RenderableType:
@@ -167,13 +176,19 @@ def export_summary(report: ExportReport) -> RenderableType:
         parts.append(verify_table(report.verify))
     parts.append(
         Text(
-            f"{plan.schedule}: {plan.steps[0].tokens_in} → {plan.steps[-1].tokens_out} tokens, "
+            f"{plan.schedule}: {_tokens(plan)}, "
             f"{plan.macs / 1e9:.3f} of {plan.macs_unreduced / 1e9:.3f} GMACs"
         )
     )
     for file, size in [pair for r in (report, *report.baselines) for pair in r.files.items()]:
         parts.append(Text(f"saved: {file} ({size / 2**20:.1f} MiB)"))
     return Group(*parts)
+
+
+def _tokens(plan: Plan) -> str:
+    if plan.staged:
+        return f"{plan.removed_total} tokens removed over all stages"
+    return f"{plan.steps[0].tokens_in} → {plan.steps[-1].tokens_out} tokens"
 
 
 def built_table(libraries: Sequence[Library]) -> RenderableType:

@@ -60,13 +60,14 @@ class ReducedModel(nn.Module):
             )
         self.net = private_copy(model)
         self._family.prepare(self.net)
-        n_calls = len(self._family.blocks(self.net))
+        n_calls = len(self._family.cost(self.net, plan.model).sites)
         if len(plan.steps) != n_calls:
             raise PlanError(
                 f"The plan has {len(plan.steps)} steps, the model {n_calls} block calls; "
                 "make the plan from this model."
             )
         self.plan = plan
+        self._calls = self._family.calls(self.net, plan.steps)
         self._method = method
         self._prop_attn = prop_attn
         self.eval()
@@ -87,6 +88,7 @@ class ReducedModel(nn.Module):
         other._modules = dict(self._modules)
         other.net = private_copy(self.net)
         self._family.fold(other.net)
+        other._calls = self._family.calls(other.net, self.plan.steps)
         return other
 
     def forward(self, image: Tensor) -> Tensor:
@@ -102,20 +104,54 @@ class ReducedModel(nn.Module):
         family, method = self._family, self._method
         x = family.embed(self.net, image)  # (B, N, C)
         size: Tensor | None = None
-        calls = list(zip(family.blocks(self.net), self.plan.steps, strict=True))
-        for block, step in calls:
-            n_out = family.n_read(self.net) if step is calls[-1][1] else None
-            x, signals = family.attention(block, x, size if self._prop_attn else None, n_out)
+        targets: list[Tensor | None] = []  # of this stage
+        for call, step in zip(self._calls, self.plan.steps, strict=True):
+            n_out = family.n_read(self.net) if step is self.plan.steps[-1] else None
+            x, signals = family.attention(call, x, size if self._prop_attn else None, n_out)
             if step.removed and n_out is None:
                 signal = method.signal(signals)
-                counts = {"r": step.removed, "n_prefix": self.plan.n_prefix}
+                how: dict[str, Any] = {"r": step.removed, "n_prefix": self.plan.n_prefix}
+                how["raster"] = family.raster
                 before = x.new_ones(1, step.tokens_in, 1) if size is None else size
-                x, size, target = method.operator(x, before, signal, **counts)
+                x, size, target = method.operator(x, before, signal, **how)
+                targets.append(target)
                 if decisions is not None and target is not None:
-                    margin = method.operator.margin(signal, **counts)
-                    decisions.append(Decision(target, margin))
-            x = family.mlp(block, x)
+                    decisions.append(Decision(target, method.operator.margin(signal, **how)))
+            x = family.mlp(call, x)
+            if step.restored:
+                assert family.downsample is not None
+                whole = _restored(x, targets, step.restored)
+                x = family.downsample(self.net, step.stage + 1, whole)
+                size, targets = None, []
         return family.head(self.net, x, size)
+
+
+def _restored(x: Tensor, targets: list[Tensor | None], n: int) -> Tensor:
+    """Give each of n tokens, (B, N, C), what the slot holds that it went to, (B, M, C).
+
+    Args:
+        x: the tokens that are left.
+        targets: where tokens went, one map per reduction; None where nothing was chosen.
+        n: tokens that there were.
+    """
+    # by way of int32: OpenVINO has no int64, and does not convert what operators of ours give
+    maps = [target.int().long() for target in targets if target is not None]
+    if not maps:
+        places = torch.arange(n) * x.shape[1] // n  # evenly
+        return x if x.shape[1] == n else x.index_select(1, places)
+    place = maps[0]  # (B, N)
+    for target in maps[1:]:
+        place = target.gather(1, place)
+    if not torch.onnx.is_in_onnx_export():
+        return x.gather(1, place[:, :, None].expand(-1, -1, x.shape[2]))
+    restored: Tensor = torch.onnx.ops.symbolic(  # torch has no name for a gather of whole rows
+        "GatherND",
+        (x, place[:, :, None]),
+        {"batch_dims": 1},
+        dtype=x.dtype,
+        shape=(x.shape[0], n, x.shape[2]),
+    )
+    return restored
 
 
 def private_copy(model: nn.Module) -> Any:

@@ -49,6 +49,7 @@ def find(
     arch: str | None = None,
     img_size: tuple[int, int] | None = None,
     random_weights: int | None = None,
+    permutation_seed: int | None = None,
     with_weights: bool = True,
 ) -> Source:
     """Find a model.
@@ -58,6 +59,8 @@ def find(
         arch: timm name of a checkpoint's architecture; None finds it.
         img_size: (height, width) in pixels to resample the positions for.
         random_weights: seed for weights instead of trained ones.
+        permutation_seed: seed for the orders in which a model's attention takes its tokens; None
+            leaves it as the model has it.
         with_weights: False builds a name without its weights.
 
     Raises: CheckpointError, RewriteError, UnknownNameError or MissingExtraError.
@@ -70,6 +73,8 @@ def find(
         found = _from_file(Path(model), arch, random_weights)
     else:
         found = _from_name(str(model), arch, random_weights, with_weights)
+    if permutation_seed is not None:
+        found = _permute(found, permutation_seed)
     return _resize(found, img_size) if img_size else found
 
 
@@ -96,9 +101,8 @@ def _from_name(name: str, arch: str | None, seed: int | None, with_weights: bool
     if arch and arch != name:
         raise RewriteError(f"--arch {arch} goes with a checkpoint file; {name!r} is a name itself.")
     zoo.check_name(name)
-    if seed is not None and not -(2**63) <= seed < 2**63:
-        raise RewriteError(f"--random-weights {seed} is no seed: it has more than 64 bits.")
     if seed is not None:
+        _require_seed("--random-weights", seed)
         model = seed_weights(zoo.timm().create_model(name), seed).eval()
         weights = f"{RANDOM} {seed}"
     elif with_weights:
@@ -108,19 +112,37 @@ def _from_name(name: str, arch: str | None, seed: int | None, with_weights: bool
     return Source(model, (name,), weights, zoo.preprocessing(name))
 
 
+def _permute(found: Source, seed: int) -> Source:
+    if getattr(found.model, "permutation_seed", None) is None:
+        raise RewriteError(
+            f"{found.name} takes its tokens in their own order, so there is nothing for "
+            "--permutation-seed to change; leave it out. It goes with SReT that slices twice."
+        )
+    _require_seed("--permutation-seed", seed)
+    model = private_copy(found.model)
+    model.permutation_seed = seed
+    return dataclasses.replace(found, model=model)
+
+
+def _require_seed(option: str, seed: int) -> None:
+    if not -(2**63) <= seed < 2**63:
+        raise RewriteError(f"{option} {seed} is no seed: it has more than 64 bits.")
+
+
 def _resize(found: Source, img_size: tuple[int, int]) -> Source:
     """Resample the positions of a model for another image size."""
-    old = family_of(found.model).input_shape(found.model)[1:]
+    family = family_of(found.model)
+    old = family.input_shape(found.model)[1:]
     if img_size == old:
         return found
     model = private_copy(found.model)
-    patch = model.patch_embed.patch_size
+    patch = family.grain(model)
     near = tuple(max(1, round(s / p)) * p for s, p in zip(img_size, patch, strict=True))
     if near != img_size:
         raise RewriteError(
             f"An image of {img_size[0]}×{img_size[1]} does not divide into patches of "
             f"{patch[0]}×{patch[1]}; the nearest that does is {near[0]}×{near[1]}."
         )
-    model.set_input_size(img_size=img_size)
+    family.resize(model, img_size)
     note = f"positions resampled from {old[0]}×{old[1]} to {img_size[0]}×{img_size[1]} pixels"
     return dataclasses.replace(found, model=model, notes=(*found.notes, note))

@@ -126,8 +126,9 @@ def _attach_bodies(graph_model: ir.Model, opset: int) -> tuple[str, ...]:
         assert x.shape is not None
         n_tokens = x.shape[1]
         assert isinstance(n_tokens, int)
-        attributes = {name: node.attributes[name].as_int() for name in ("r", "n_prefix")}
-        function = operator.body(n_tokens, **attributes, opset=opset)
+        counts = {name: node.attributes[name].as_int() for name in ("r", "n_prefix")}
+        raster = "raster" in node.attributes
+        function = operator.body(n_tokens, **counts, opset=opset, raster=raster)
         graph_model.functions[function.identifier()] = function
         node.overload = function.overload
         node.name = f"{DOMAIN}/{operator.name}_{index}"

@@ -12,7 +12,8 @@ def seed_weights(model: nn.Module, seed: int) -> nn.Module:
     """Fill every parameter from a seed, each away from the value it is initialised with.
 
     An initial value can hide an error (a LayerScale of 1e-5 hides a whole block), so scales are
-    drawn around 1, biases around 0, and matrices keep the variance of their input.
+    drawn around 1, biases around 0, and matrices keep the variance of their input. The statistics
+    of batch norms are drawn as well.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -20,11 +21,18 @@ def seed_weights(model: nn.Module, seed: int) -> nn.Module:
             values = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim >= 2 and not name.endswith(("_token", "pos_embed", "latent")):
                 values *= parameter[0].numel() ** -0.5
-            elif parameter.ndim == 1 and name.endswith(("weight", "gamma")):
+            elif parameter.ndim == 1 and (
+                name.endswith(("weight", "gamma")) or ".coefficient" in name
+            ):
                 values = 1 + 0.2 * values
             else:
                 values *= 0.2
             parameter.copy_(values)
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
+            elif name.endswith("running_var"):
+                buffer.copy_(1 + 0.2 * torch.rand(buffer.shape, generator=generator))
     return model
 
 

@@ -6,9 +6,10 @@ from torch import nn
 
 from tomexport.errors import RewriteError
 from tomexport.exporter.families.family import Family
+from tomexport.exporter.families.sret import SRET
 from tomexport.exporter.families.vit import VIT
 
-FAMILIES = (VIT,)
+FAMILIES = (VIT, SRET)
 
 
 def family_of(model: nn.Module) -> Family:
@@ -23,7 +24,7 @@ def family_of(model: nn.Module) -> Family:
             return family
     raise RewriteError(
         f"{type(model).__module__}.{type(model).__qualname__} is not a model that tomexport "
-        "reduces; supported are timm's models of the modules "
+        "reduces; supported are models of the modules "
         + ", ".join(module for family in FAMILIES for module in family.modules)
         + "."
     )

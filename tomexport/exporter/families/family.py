@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tomexport.plan import ModelCost
+from tomexport.plan import ModelCost, Step
 
 
 class Signals(NamedTuple):
@@ -28,7 +29,7 @@ class Family:
 
     Attributes:
         name: what the family is called.
-        modules: the timm modules whose architectures it takes.
+        modules: the modules whose architectures it takes, as timm's registry calls them.
         signals: which of `Signals` its attention gives.
         accepts: whether a model is of this family's class.
         refusal: why a model of this class cannot be reduced correctly, or None.
@@ -36,15 +37,22 @@ class Family:
         fold: folds scalings of a copy that will be exported into its weights.
         cost: sites and MACs of a model; the second argument names it.
         input_shape: (channels, height, width) of the image.
+        grain: (height, width) in pixels that an image must be a multiple of.
+        resize: (model, (height, width)) → sets up a private copy for another image size.
         output: what comes out: "logits" or "features".
         n_read: how many tokens at the front the head reads, or None if it reads all. Of the last
             block only these are computed.
         embed: image → tokens (B, N, C).
-        blocks: the block calls, in order; an object may come more than once.
-        attention: (block, x, size or None, n) → the first n tokens (None: all) after the
+        calls: (model, steps of the plan) → what `attention` and `mlp` take, one per step: for most
+            families the block; an object may come more than once.
+        attention: (call, x, size or None, n) → the first n tokens (None: all) after the
             attention residual, and the signals of all.
-        mlp: (block, x) → x after the MLP residual.
+        mlp: (call, x) → x after the MLP residual.
         head: (model, x, size or None) → output (B, classes or channels).
+        downsample: (model, stage, x) → the tokens that a stage starts with, from all tokens of the
+            stage before; None in families of one stage.
+        raster: whether tokens must keep the order of their places in the image, because the
+            attention reads it; a merged token stands where its first one stood.
     """
 
     name: str
@@ -56,10 +64,33 @@ class Family:
     fold: Callable[[nn.Module], None]
     cost: Callable[[nn.Module, str], ModelCost]
     input_shape: Callable[[nn.Module], tuple[int, int, int]]
+    grain: Callable[[nn.Module], tuple[int, int]]
+    resize: Callable[[nn.Module, tuple[int, int]], None]
     output: Callable[[nn.Module], str]
     n_read: Callable[[nn.Module], int | None]
     embed: Callable[[nn.Module, Tensor], Tensor]
-    blocks: Callable[[nn.Module], Sequence[nn.Module]]
-    attention: Callable[[nn.Module, Tensor, Tensor | None, int | None], tuple[Tensor, Signals]]
-    mlp: Callable[[nn.Module, Tensor], Tensor]
+    calls: Callable[[nn.Module, Sequence[Step]], Sequence[Any]]
+    attention: Callable[[Any, Tensor, Tensor | None, int | None], tuple[Tensor, Signals]]
+    mlp: Callable[[Any, Tensor], Tensor]
     head: Callable[[nn.Module, Tensor, Tensor | None], Tensor]
+    downsample: Callable[[nn.Module, int, Tensor], Tensor] | None = None
+    raster: bool = False
+
+
+def linear_macs(module: nn.Module | None) -> int:
+    """Return the MACs per token of all linear layers of a module."""
+    layers = module.modules() if module is not None else ()
+    return sum(m.in_features * m.out_features for m in layers if isinstance(m, nn.Linear))
+
+
+def norm_elements(module: nn.Module | None) -> int:
+    """Return the elements per token that the layer norms of a module take in."""
+    layers: Iterable[Any] = module.modules() if module is not None else ()
+    return sum(math.prod(m.normalized_shape) for m in layers if hasattr(m, "normalized_shape"))
+
+
+def scale_rows(linear: nn.Linear, factors: Tensor) -> None:
+    """Replace the weights, which may be shared, by scaled ones; factors (rows,) or (1,)."""
+    linear.weight = nn.Parameter(linear.weight.detach() * factors[:, None])
+    if linear.bias is not None:
+        linear.bias = nn.Parameter(linear.bias.detach() * factors)

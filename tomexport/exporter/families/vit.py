@@ -20,9 +20,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tomexport.exporter.families.family import Family, Signals
+from tomexport.exporter.attention import attend
+from tomexport.exporter.families.family import (
+    Family,
+    Signals,
+    linear_macs,
+    norm_elements,
+    scale_rows,
+)
 from tomexport.exporter.zoo import timm
-from tomexport.plan import Cost, ModelCost, Site
+from tomexport.plan import Cost, ModelCost, Site, Step
 
 
 def _accepts(model: nn.Module) -> bool:
@@ -85,26 +92,13 @@ def _fold(model: Any) -> None:
         if isinstance(attn.q_norm, nn.Identity):
             rows = torch.ones(attn.qkv.out_features)
             rows[: attn.attn_dim] = attn.scale
-            _scale_rows(attn.qkv, rows)
+            scale_rows(attn.qkv, rows)
             attn.scale = 1.0
         for layer_scale, owner, last in (("ls1", attn, "proj"), ("ls2", block.mlp, "fc2")):
             gamma = getattr(getattr(block, layer_scale), "gamma", None)
             if gamma is not None and isinstance(getattr(owner, last, None), nn.Linear):
-                _scale_rows(getattr(owner, last), gamma)
+                scale_rows(getattr(owner, last), gamma)
                 setattr(block, layer_scale, nn.Identity())
-
-
-def _scale_rows(linear: nn.Linear, factors: Tensor) -> None:
-    """Replace the weights, which may be shared, by scaled ones."""
-    linear.weight = nn.Parameter(linear.weight.detach() * factors[:, None])
-    if linear.bias is not None:
-        linear.bias = nn.Parameter(linear.bias.detach() * factors)
-
-
-def _linear_macs(module: nn.Module | None) -> int:
-    """MACs per token of all linear layers of a module."""
-    layers = module.modules() if module is not None else ()
-    return sum(m.in_features * m.out_features for m in layers if isinstance(m, nn.Linear))
 
 
 def _cost(model: Any, name: str) -> ModelCost:
@@ -119,22 +113,41 @@ def _cost(model: Any, name: str) -> ModelCost:
             n_prefix=model.num_prefix_tokens,
             multiple=1,
             cost=Cost(
-                before=_linear_macs(block.attn),
+                before=linear_macs(block.attn),
                 pair=2 * block.attn.attn_dim,
-                after=_linear_macs(block.mlp),
-                query=_linear_macs(block.attn) - 2 * _linear_macs(block.attn.qkv) // 3,
+                after=linear_macs(block.mlp),
+                query=linear_macs(block.attn) - 2 * linear_macs(block.attn.qkv) // 3,
+                norm_before=norm_elements(block.norm1) + _norms_of_attention(block.attn),
+                norm_after=norm_elements(block.norm2) + norm_elements(block.mlp),
             ),
         )
         for index, block in enumerate(model.blocks)
     )
     fixed = n_patches * model.patch_embed.proj.weight.numel()
-    fixed += _linear_macs(model.head) + _linear_macs(getattr(model, "head_dist", None))
-    pool = 0
+    fixed += linear_macs(model.head) + linear_macs(getattr(model, "head_dist", None))
+    norm_fixed = norm_elements(model.fc_norm) + n_tokens * norm_elements(model.norm_pre)
+    pool = pool_products = 0
     if (attn_pool := model.attn_pool) is not None:
         n_latent = attn_pool.latent_len
-        pool = _linear_macs(attn_pool.kv) + 2 * n_latent * attn_pool.kv.in_features
-        fixed += n_latent * (_linear_macs(attn_pool) - _linear_macs(attn_pool.kv))
-    return ModelCost(name, sites, fixed, pool, _n_read(model))
+        pool_products = 2 * n_latent * attn_pool.kv.in_features
+        pool = linear_macs(attn_pool.kv) + pool_products
+        fixed += n_latent * (linear_macs(attn_pool) - linear_macs(attn_pool.kv))
+        norm_fixed += n_latent * norm_elements(attn_pool)
+    return ModelCost(
+        name=name,
+        sites=sites,
+        fixed=fixed,
+        pool=pool,
+        n_read=_n_read(model),
+        pool_products=pool_products,
+        norm_fixed=norm_fixed,
+        norm_left=norm_elements(model.norm),
+    )
+
+
+def _norms_of_attention(attn: Any) -> int:
+    per_head = norm_elements(attn.q_norm) + norm_elements(attn.k_norm)
+    return int(attn.num_heads) * per_head + norm_elements(attn.norm)
 
 
 def _input_shape(model: Any) -> tuple[int, int, int]:
@@ -144,6 +157,15 @@ def _input_shape(model: Any) -> tuple[int, int, int]:
 
 def _output(model: Any) -> str:
     return "features" if isinstance(model.head, nn.Identity) else "logits"
+
+
+def _grain(model: Any) -> tuple[int, int]:
+    height, width = model.patch_embed.patch_size
+    return height, width
+
+
+def _resize(model: Any, img_size: tuple[int, int]) -> None:
+    model.set_input_size(img_size=img_size)
 
 
 def _n_read(model: Any) -> int | None:
@@ -157,7 +179,8 @@ def _embed(model: Any, image: Tensor) -> Tensor:
     return cast(Tensor, model.norm_pre(x))
 
 
-def _blocks(model: Any) -> Sequence[nn.Module]:
+def _calls(model: Any, steps: Sequence[Step]) -> Sequence[nn.Module]:
+    del steps
     return tuple(model.blocks)
 
 
@@ -168,7 +191,8 @@ def _attention(
     h = block.norm1(x)
     q, k, v = _project(attn, h, n_out)  # (B, H, N, D), but q (B, H, n_out, D)
     bias = None if size is None else size.log().reshape(-1, 1, 1, x.shape[1])
-    out = attn.norm(_attend(attn.q_norm(q), attn.k_norm(k), v, bias, attn.scale))
+    out = attend(attn.q_norm(q), attn.k_norm(k), v, bias, attn.scale)
+    out = attn.norm(out.transpose(1, 2).flatten(2))
     x, h = x[:, :n_out], h[:, :n_out]
     if attn.gate is not None:
         out = out * attn.gate(h).sigmoid()
@@ -192,20 +216,6 @@ def _heads(x: Tensor, attn: Any) -> Tensor:
     """(B, N, heads·D) → (B, heads, N, D): one transposition, after which a split is a view."""
     n_batch, n, width = x.shape
     return x.reshape(n_batch, n, width // attn.head_dim, attn.head_dim).transpose(1, 2)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """Softmax attention, (B, H, N, D) each → (B, N, H·D); bias (B, 1, 1, N) is of each key.
-
-    Fused in PyTorch; written out for export, where the fused form with a bias fails (torch 2.13).
-    """
-    if torch.onnx.is_in_onnx_export():
-        scores = (q if scale == 1 else q * scale) @ k.mT  # (B, H, N, N)
-        scores = scores if bias is None else scores + bias
-        out = scores.softmax(dim=-1) @ v
-    else:
-        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-    return out.transpose(1, 2).flatten(2)
 
 
 def _mlp(block: Any, x: Tensor) -> Tensor:
@@ -237,10 +247,12 @@ VIT = Family(
     fold=_fold,
     cost=_cost,
     input_shape=_input_shape,
+    grain=_grain,
+    resize=_resize,
     output=_output,
     n_read=_n_read,
     embed=_embed,
-    blocks=_blocks,
+    calls=_calls,
     attention=_attention,
     mlp=_mlp,
     head=_head,

@@ -23,16 +23,16 @@ class _Slice:
     """Keeps the first tokens."""
 
     def __call__(
-        self, x: Tensor, size: Tensor, signal: Tensor, *, r: int, n_prefix: int
+        self, x: Tensor, size: Tensor, signal: Tensor, *, r: int, n_prefix: int, raster: bool
     ) -> tuple[Tensor, Tensor, None]:
         """Return the first N − r tokens, each of the same size; nothing is decided."""
-        del signal, n_prefix
+        del signal, n_prefix, raster
         n = x.shape[1]
         return x[:, : n - r], x.new_full((1, n - r, 1), n / (n - r)), None
 
-    def margin(self, signal: Tensor, *, r: int, n_prefix: int) -> Tensor:
+    def margin(self, signal: Tensor, *, r: int, n_prefix: int, raster: bool) -> Tensor:
         """Return infinity: there is no decision that could be another."""
-        del r, n_prefix
+        del r, n_prefix, raster
         return signal.new_full((signal.shape[0],), torch.inf)
 
 

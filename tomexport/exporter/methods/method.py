@@ -16,9 +16,12 @@ class Reduction(Protocol):
     """What takes r tokens away; the operators of `kernels/` do."""
 
     def __call__(
-        self, x: Tensor, size: Tensor, signal: Tensor, *, r: int, n_prefix: int
+        self, x: Tensor, size: Tensor, signal: Tensor, *, r: int, n_prefix: int, raster: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return x (B, M, C), size (B, M, 1) and target (B, N); None if nothing was chosen."""
+        """Return x (B, M, C), size (B, M, 1) and target (B, N); None if nothing was chosen.
+
+        With `raster`, what is left stands in the order of the tokens that came first to each slot.
+        """
         ...
 
     @property
