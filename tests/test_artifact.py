@@ -111,12 +111,28 @@ def test_metadata_cut_short_is_refused(share: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["format_version", *(field.name for field in dataclasses.fields(Metadata))]
+    "name",
+    [
+        "format_version",
+        *(f.name for f in dataclasses.fields(Metadata) if f.default is dataclasses.MISSING),
+    ],
 )
 def test_metadata_without_a_field_is_refused(name: str) -> None:
     data = json.loads(metadata().to_json())
     del data[name]
     assert_unreadable(json.dumps(data))
+
+
+def test_files_from_before_there_were_permutations_are_read() -> None:
+    data = json.loads(metadata().to_json())
+    assert data.pop("permutation_seed") is None
+    for name in ("flops_slides", "flops_slides_unreduced"):
+        del data["plan"][name]
+    for site in data["plan"]["sites"]:
+        del site["slices"], site["multiple"], site["restored"]
+    read = Metadata.from_json(json.dumps(data))
+    assert read.permutation_seed is None
+    assert read.plan.macs == metadata().plan.macs
 
 
 @pytest.mark.parametrize("name", ["sites", "notes", "n_prefix", "macs", "schedule"])

@@ -55,6 +55,9 @@ class Metadata:
         candidates: preprocessing of each name, where the names differ in it.
         versions: of the software that wrote the file.
         opset: ONNX opset of the graph.
+        permutation_seed: what the orders were drawn from in which a model's attention takes its
+            tokens: for n tokens, torch.randperm(n) after manual_seed. None where it does not
+            reorder.
     """
 
     plan: Plan
@@ -71,6 +74,7 @@ class Metadata:
     candidates: dict[str, Any]
     versions: dict[str, str]
     opset: int
+    permutation_seed: int | None = None
 
     def to_json(self) -> str:
         """Return the metadata as one JSON document."""

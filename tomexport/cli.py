@@ -118,8 +118,8 @@ def cli() -> None:
     tomexport kernels build|list|clean      the fused kernels of this machine
     tomexport doctor                        what this machine has
 
-    MODEL is a checkpoint (.pth .pt .bin .safetensors) or a timm name. Exit codes: 0 done, 1 a
-    check failed, 2 anything else that stops it, 130 interrupted.
+    MODEL is a checkpoint (.pth .pt .bin .safetensors) or a name, timm's or of SReT (sret_t). Exit
+    codes: 0 done, 1 a check failed, 2 anything else that stops it, 130 interrupted.
     """  # noqa: D301  \b is click's mark for lines that stay as they are
 
 
@@ -143,6 +143,9 @@ def cli() -> None:
     click.option("--half", is_flag=True, help="Store the weights of an .xml as float16."),
     click.option("--random-weights", type=int, metavar="SEED",
                  help="Seeded weights instead of trained ones, for trials with a name."),
+    click.option("--permutation-seed", type=int, metavar="SEED", help=(
+        "Draw the token orders of SReT's second visits from this.  [default: 0]"
+    )),
     click.option("--no-prop-attn", is_flag=True,
                  help="Do not weight keys by the patches they stand for."),
     _images,
@@ -185,7 +188,8 @@ def plan(model: str, as_json: bool, **options: Any) -> None:
     from tomexport import pipeline
 
     result = pipeline.plan(model, options.pop("schedule"), **options)
-    _show(result.to_dict(), as_json, lambda tables: tables.plan_table(result))
+    width = 100 if result.staged else 80
+    _show(result.to_dict(), as_json, lambda tables: tables.plan_table(result), width)
 
 
 @cli.command()

@@ -141,6 +141,7 @@ def reduce(
     arch: str | None = None,
     img_size: tuple[int, int] | None = None,
     random_weights: int | None = None,
+    permutation_seed: int | None = None,
 ) -> ReducedModel:
     """Make a module with reduced tokens around the weights of a model, which stays as it was.
 
@@ -151,7 +152,10 @@ def reduce(
     Raises: RewriteError if the model cannot be reduced correctly, and what `plan` raises.
     """
     wanted = Schedule.parse(schedule)
-    found = _find(model, arch=arch, img_size=img_size, random_weights=random_weights)
+    found = _find(
+        model, arch=arch, img_size=img_size, random_weights=random_weights,
+        permutation_seed=permutation_seed,
+    )  # fmt: skip
     return _reduce(found, wanted, method, prop_attn)
 
 
@@ -177,6 +181,7 @@ def export(
     half: bool = False,
     prop_attn: bool = True,
     random_weights: int | None = None,
+    permutation_seed: int | None = None,
     verify: bool = True,
     images: Images | None = None,
     force: bool = False,
@@ -203,6 +208,8 @@ def export(
         half: store the weights of an .xml as float16.
         prop_attn: weight keys by the patches they stand for.
         random_weights: seed for weights instead of trained ones.
+        permutation_seed: seed for the orders in which SReT's second visits take their tokens;
+            None is 0.
         verify: compare with PyTorch in every runtime that is installed.
         images: loads images of the user's own to compare on as well.
         force: replace an existing file.
@@ -221,7 +228,10 @@ def export(
     for name in baselines:
         check_output(model, beside(output, name), force)
     progress("finding the model")
-    found = _find(model, arch=arch, img_size=img_size, random_weights=random_weights)
+    found = _find(
+        model, arch=arch, img_size=img_size, random_weights=random_weights,
+        permutation_seed=permutation_seed,
+    )  # fmt: skip
     progress("planning and rewriting")
     reduced = _reduce(found, wanted, method, prop_attn)
     progress("tracing the graph")
@@ -255,8 +265,8 @@ def export(
         export(
             model, other_schedule, beside(output, name), method=other_method, arch=arch,
             batch=batch, img_size=img_size, opset=opset, ops=ops, half=half, prop_attn=prop_attn,
-            random_weights=random_weights, verify=verify, force=force, keep=keep,
-            progress=progress,
+            random_weights=random_weights, permutation_seed=permutation_seed, verify=verify,
+            force=force, keep=keep, progress=progress,
         )
         for name, (other_schedule, other_method) in baselines.items()
     )  # fmt: skip
@@ -326,6 +336,7 @@ def reference(
         arch=arch or (metadata.names[0] if is_file and metadata.names else None),
         img_size=metadata.input_shape[2:],
         random_weights=int(seed) if words == RANDOM and not is_file else None,
+        permutation_seed=metadata.permutation_seed,
     )
     if weights_sha256(found.model) != metadata.weights_sha256:
         raise VerifyError(
@@ -414,6 +425,7 @@ def _metadata(
         candidates=known if found.preprocessing is None else {},
         versions=_versions(),
         opset=opset,
+        permutation_seed=getattr(found.model, "permutation_seed", None),
     )
 
 

@@ -65,6 +65,7 @@ def _check(name: str, path: Path, ours: Metadata, peer: Path, theirs: Metadata) 
         "input shape": (theirs.input_shape, ours.input_shape),
         "output": (theirs.output, ours.output),
         "storage as float16": (theirs.half, ours.half),
+        "permutation seed": (theirs.permutation_seed, ours.permutation_seed),
     }
     if name == NONE:
         same["number of tokens removed"] = (sum(n_removed), 0)
@@ -88,6 +89,7 @@ def _export_command(path: Path, metadata: Metadata) -> str:
     if not exporter or metadata.weights == IN_MEMORY:
         return ""
     model = [metadata.weights, *(["--arch", name] if name else [])]
+    order_seed = metadata.permutation_seed
     if words == RANDOM:
         model = [name, "--random-weights", seed]
     elif metadata.weights == PRETRAINED:
@@ -98,5 +100,6 @@ def _export_command(path: Path, metadata: Metadata) -> str:
         "--ops", metadata.ops, "--opset", f"{metadata.opset}", "--batch", f"{batch or 'dynamic'}",
         "--img-size", f"{height}x{width}", *(["--half"] if metadata.half else []),
         *([] if metadata.prop_attn else ["--no-prop-attn"]),
+        *(["--permutation-seed", f"{order_seed}"] if order_seed else []),
     ]  # fmt: skip
     return f": {shlex.join(['tomexport', *model, *options])} -o {path} --with-baselines --force"
