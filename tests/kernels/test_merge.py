@@ -218,21 +218,37 @@ def test_body_computes_the_same_at_every_opset(opset: int, n_prefix: int) -> Non
     assert_equal(found, run_reference(case, inputs))
 
 
+def in_bfloat16(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """The slot of each token, and the share of each token in each slot, (M, N)."""
+    n = case.n
+    case = replace(case, channels=n)
+    model = onnx.load_from_string(inlined(one_node_model(case)))
+    del model.graph.output[1:]  # OpenVINO computes in float32 what leads to an output of integers
+    x, size, signal = np.eye(n, dtype=np.float32)[None], np.ones((1, n, 1)), arrays(case)[2]
+    inputs = [x, size.astype(np.float32), signal]
+    (merged,) = run_openvino(model.SerializeToString(), inputs, "bf16")
+    slots, tokens = merged[0].nonzero()
+    np.testing.assert_array_equal(np.sort(tokens), range(n))  # each has one slot
+    return slots[tokens.argsort()], merged
+
+
+@pytest.mark.openvino
+@pytest.mark.parametrize("n_prefix", [0, 2])
+@pytest.mark.parametrize("n", [197, 784, 1601])
+def test_slots_stand_in_raster_order_in_bfloat16(n: int, n_prefix: int) -> None:
+    target, merged = in_bfloat16(Case(n, 40, n_prefix, groups=2, raster=True))
+    firsts = [target.tolist().index(slot) for slot in range(n - 40)]
+    assert firsts == sorted(firsts)
+    np.testing.assert_allclose(merged[0].sum(axis=1), 1, rtol=2**-7)
+
+
 @pytest.mark.openvino
 @pytest.mark.parametrize("n_prefix", [0, 1, 2, 5])
 @pytest.mark.parametrize("n", [197, 784, 1601])  # bfloat16 has no odd numbers above 256
 @pytest.mark.parametrize("directions", ["many", "few"])
 def test_every_token_has_its_slot_in_bfloat16(n: int, n_prefix: int, directions: str) -> None:
     m = n - 40
-    case = Case(n, 40, n_prefix, groups=2, channels=n, directions=directions)
-    model = onnx.load_from_string(inlined(one_node_model(case)))
-    del model.graph.output[1:]  # OpenVINO computes in float32 what leads to an output of integers
-    x, size, signal = np.eye(n, dtype=np.float32)[None], np.ones((1, n, 1)), arrays(case)[2]
-    inputs = [x, size.astype(np.float32), signal]
-    (merged,) = run_openvino(model.SerializeToString(), inputs, "bf16")
-    slots, tokens = merged[0].nonzero()  # the share of each token in each slot
-    target = slots[tokens.argsort()]
-    np.testing.assert_array_equal(np.sort(tokens), range(n))  # each has one slot
+    target, merged = in_bfloat16(Case(n, 40, n_prefix, groups=2, directions=directions))
     hits = np.bincount(target, minlength=m)
     assert hits.min() >= 1
     set_b = [j for j in range(n_prefix, n) if j % 2]

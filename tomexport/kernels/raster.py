@@ -29,15 +29,16 @@ def in_raster_order(target: Int[Tensor, "B N"], n_slots: int) -> Int[Tensor, "B 
 
 
 def in_raster_order_onnx(op: Any, target: ir.Value, n: int, n_slots: int) -> ir.Value:
-    """Trace the same for n tokens; a token number is exact in float32 up to 2^24."""
-    one_hot = op.OneHot(target, [n_slots], [0.0, 1.0], axis=1)  # (B, M, N)
-    from_end = op.Constant(value=ir.tensor(np.arange(n, 0, -1, dtype=np.float32)))
-    last = op.ReduceMax(op.Mul(one_hot, from_end), [2], keepdims=0)  # (B, M)
-    first = op.Sub(_constant(op, [n]), op.Cast(last, to=ir.DataType.INT64))
+    """Trace the same for n tokens, in integers throughout, which no runtime rounds."""
+    from_end = _constant(op, np.arange(n, 0, -1))  # token t is the (n − t)-th from the end
+    one_hot = op.OneHot(target, [n_slots], [0, 1], axis=1)  # (B, M, N)
+    # nothing elementwise may follow at once: OpenVINO 2026.4 fuses it, and loses images of a batch
+    first = op.ReduceMax(op.Mul(one_hot, from_end), [2], keepdims=0)  # (B, M)
     leader = op.GatherElements(first, target, axis=1)  # (B, N): the first token of its slot
-    leads = op.Cast(op.Equal(leader, _constant(op, np.arange(n))), to=ir.DataType.INT64)
+    leads = op.Cast(op.Equal(leader, from_end), to=ir.DataType.INT64)
     number = op.Sub(op.CumSum(leads, 1), _constant(op, [1]))  # of the leaders, in their order
-    return cast(ir.Value, op.GatherElements(number, leader, axis=1))
+    place = op.Sub(_constant(op, [n]), leader)
+    return cast(ir.Value, op.GatherElements(number, place, axis=1))
 
 
 def _constant(op: Any, values: Any) -> ir.Value:
