@@ -286,6 +286,36 @@ def test_sret_starts_each_stage_with_its_whole_grid() -> None:
     assert [step.tokens_in for step in plan.steps if step.call == 0] == [784, 196, 49]
 
 
+def test_sret_brings_its_tokens_back_where_a_stage_ends() -> None:
+    plan = make(sret(), "const:10")
+    assert plan.staged
+    assert {i: s.restored for i, s in enumerate(plan.steps) if s.restored} == {3: 784, 13: 196}
+    assert [s.multiple for s in plan.steps] == [8] * 4 + [4] * 10 + [1] * 6
+    one_stage = make(vit(), "const:8")
+    assert not one_stage.staged
+    assert {s.restored for s in one_stage.steps} == {None}
+
+
+def test_attention_inside_slices_costs_that_much_less() -> None:
+    whole, sliced = Cost(3, 2, 5), Cost(3, 2, 5, slices=8)
+    assert whole.macs(16, 12) == 3 * 16 + 2 * 256 + 5 * 12
+    assert sliced.macs(16, 12) == 3 * 16 + 2 * 256 // 8 + 5 * 12
+    assert (
+        make(ModelCost("any", (Site(0, 0, "b", 16, 0, 8, sliced),), 0), "none").steps[0].slices == 8
+    )
+
+
+def test_flops_of_the_slides_leave_out_attention_and_count_norms() -> None:
+    cost = Cost(before=3, pair=2, after=5, norm_before=7, norm_after=11)
+    sites = tuple(Site(0, i, f"b.{i}", 10, 1, 1, cost) for i in range(2))
+    model = ModelCost("any", sites, 100, pool=20, pool_products=6, norm_fixed=13, norm_left=17)
+    plan = make(model, "list:4,1")
+    products = 3 * 10 + 5 * 6 + 3 * 6 + 5 * 5 + 100 + (20 - 6) * 4
+    elements = 7 * 10 + 11 * 6 + 7 * 6 + 11 * 5 + 13 + 17 * 5
+    assert plan.flops_slides == 2 * (products + 4 * elements)
+    assert plan.flops_slides_unreduced == make(model, "none").flops_slides > plan.flops_slides
+
+
 def test_sret_macs_count_what_attention_mlp_and_pool_see() -> None:
     plan = make(sret(), "exp:0.25,0")
     counts = [(784, 584)] + 3 * [(584, 584)]
