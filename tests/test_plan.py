@@ -300,9 +300,8 @@ def test_attention_inside_slices_costs_that_much_less() -> None:
     whole, sliced = Cost(3, 2, 5), Cost(3, 2, 5, slices=8)
     assert whole.macs(16, 12) == 3 * 16 + 2 * 256 + 5 * 12
     assert sliced.macs(16, 12) == 3 * 16 + 2 * 256 // 8 + 5 * 12
-    assert (
-        make(ModelCost("any", (Site(0, 0, "b", 16, 0, 8, sliced),), 0), "none").steps[0].slices == 8
-    )
+    model = ModelCost("any", (Site(0, 0, "b", 16, 0, 8, sliced),), fixed=0)
+    assert make(model, "none").steps[0].slices == 8
 
 
 def test_flops_of_the_slides_leave_out_attention_and_count_norms() -> None:
