@@ -4,8 +4,9 @@ Every reduction is replaced by one Slice of the tokens, which keeps as many and 
 sizes become a constant, so that the size bias of the attention stays in the graph. What such a
 model predicts means nothing; its speed is what the merged model's is measured against.
 
-In bfloat16 OpenVINO 2026.4 does not even predict that: it reads a constant bias that serves all heads
-wrongly. A bias for each head is read right and takes as long (0.4 % less), so the speed stands.
+In bfloat16 OpenVINO 2026.4 does not even predict that: it reads a constant bias that serves all
+heads wrongly. A bias for each head is read right and takes as long (0.4 % less), so the speed
+stands.
 """
 
 from __future__ import annotations

@@ -99,9 +99,11 @@ def _best(
 def _rank(op: Any, best: ir.Value, n_a: int) -> ir.Value:
     """Return how many tokens of A are ahead of each, (B, |A|), int32."""
     index = np.arange(n_a)
-    threshold = np.where(index[None, :] < index[:, None], _BELOW_ZERO, 0)
+    column, row = _constant(op, index[None, :], np.int32), _constant(op, index[:, None], np.int32)
+    # computed once, when the file is loaded: in the file it would be as large as |A|²
+    threshold = op.Mul(op.Cast(op.Less(column, row), to=ir.DataType.FLOAT), [_BELOW_ZERO])
     difference = op.Sub(best, op.Transpose(best, perm=[0, 1, 3, 2]))
-    ahead = op.Greater(difference, _constant(op, threshold, np.float32))  # (B, 1, |A|, |A|)
+    ahead = op.Greater(difference, threshold)  # (B, 1, |A|, |A|)
     # int32: ONNX Runtime sums it faster than int64
     return cast(ir.Value, op.ReduceSum(op.Cast(ahead, to=ir.DataType.INT32), [1, 3], keepdims=0))
 
