@@ -69,11 +69,25 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(scratch.tempfile, "mkdtemp", refuse)
+    monkeypatch.setattr(Path, "mkdir", refuse)
     with (
         pytest.raises(ExportError, match=r"could not be written in .*: Permission denied"),
         delivery.staging(tmp_path / "model.onnx"),
     ):
+        pass
+
+
+def test_a_signal_as_soon_as_the_folder_is_there_leaves_nothing(tmp_path, monkeypatch):
+    mkdir = Path.mkdir
+
+    def mkdir_and_end(self, *args, **kwargs):
+        mkdir(self, *args, **kwargs)
+        scratch.abandon()  # as the handler of the signal does, before it ends the process
+        assert _listing(tmp_path) == {}
+        raise SystemExit
+
+    monkeypatch.setattr(Path, "mkdir", mkdir_and_end)
+    with pytest.raises(SystemExit), delivery.staging(tmp_path / "model.onnx"):
         pass
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,9 +19,10 @@ def folder(beside: Path) -> Iterator[Path]:
 
     Raises: OSError if it cannot be made.
     """
-    path = Path(tempfile.mkdtemp(prefix=f".{beside.stem}.", dir=beside.parent))
-    _open.add(path)
+    path = beside.parent / f".{beside.stem}.{secrets.token_hex(8)}"
+    _open.add(path)  # before it is there: a signal may come right after
     try:
+        path.mkdir(mode=0o700)
         yield path
     finally:
         _remove(path)
