@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from tomexport.artifact import FORMAT_VERSION, N_GOLDEN, Golden, Metadata, golden_images
 from tomexport.errors import ArtifactError
-from tomexport.plan import Cost, ModelCost, Plan, Schedule, Site, two_set_limit
+from tomexport.plan import TWO_SET, Cost, ModelCost, Plan, Schedule, Site
 
 SHAPE = (3, 64, 64)
 
@@ -33,7 +33,7 @@ def metadata(**changes: Any) -> Metadata:
     sites = tuple(Site(0, i, f"blocks.{i}", 197, 1, 1, Cost(5, 3, 7)) for i in range(12))
     model = ModelCost("deit", sites, fixed=100, pool=2)
     whole = Metadata(
-        plan=Plan.make(model, Schedule.parse("const:16"), "tome", two_set_limit),
+        plan=Plan.make(model, Schedule.parse("const:16"), "tome", TWO_SET),
         names=("deit_small_patch16_224", "vit_small_patch16_224"),
         input_shape=(1, 3, 224, 224),
         output="logits",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import doctest
 import importlib
 import itertools
@@ -16,9 +17,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tomexport.errors import PlanError
-from tomexport.plan import Cost, ModelCost, Plan, Schedule, Site, Step, two_set_limit
+from tomexport.plan import (
+    BEFORE,
+    TWO_SET,
+    Cost,
+    Counting,
+    ModelCost,
+    Plan,
+    Schedule,
+    Site,
+    Step,
+    all_but_one,
+    keep_of_first,
+    two_set_limit,
+)
 
-FORMS = "a schedule is none, const:R, linear:R, exp:R_INIT,ALPHA or list:R0,R1,…."
+FORMS = (
+    "a schedule is none, const:R, linear:R, exp:R_INIT,ALPHA, list:R0,R1,… or keep:SHARE@BLOCK,…."
+)
 WHOLE = "token counts are whole numbers from 0 up, like 8."
 TOO_MANY = "is above 1,000,000, more tokens than a model has."
 PLAIN = "write a plain number from 0 to 1, like 0.25."
@@ -30,7 +46,7 @@ ONE = "this schedule takes one count per block. For a count of its own for each 
 
 
 def make(model: ModelCost, schedule: str) -> Plan:
-    return Plan.make(model, Schedule.parse(schedule), "tome", two_set_limit)
+    return Plan.make(model, Schedule.parse(schedule), "tome", TWO_SET)
 
 
 def vit(
@@ -94,6 +110,10 @@ READ = {
     "list:5": ("list", (5,)),
     "list:5,0,9,3": ("list", (5, 0, 9, 3)),
     "list:5, 0 ,9": ("list", (5, 0, 9)),
+    "keep:0.7@3,6,9": ("keep", (0.7,)),
+    "keep:0.7,0.5,.3@3,6,9": ("keep", (0.7, 0.5, 0.3)),
+    "keep:0.925": ("keep", (0.925,)),
+    "keep:1@0": ("keep", (1.0,)),
 }
 
 
@@ -107,6 +127,7 @@ def test_schedule_reads(text: str, parts: tuple[str, tuple[float, ...]]) -> None
     assert Schedule.parse(schedule.text) == schedule
 
 
+IN_ORDER = "name each once, in their order, counted from 0, like keep:0.7@3,6,9."
 REFUSED = {
     "": f"Unknown schedule ''; {FORMS}",
     "8": f"Unknown schedule '8'; {FORMS}",
@@ -153,6 +174,14 @@ REFUSED = {
     "exp:0.25,inf": f"'exp:0.25,inf': ALPHA is 'inf'; {PLAIN}",
     "exp:25,0": "'exp:25,0': R_INIT is 25, but it is a share from 0 to 1, like 0.25.",
     "exp:1,1.5": "'exp:1,1.5': ALPHA is 1.5, but it is a share from 0 to 1, like 0.25.",
+    "keep": f"'keep': share 1 is empty; {PLAIN}",
+    "keep:@3": f"'keep:@3': share 1 is empty; {PLAIN}",
+    "keep:0.7@": f"'keep:0.7@': block 1 is empty; {WHOLE}",
+    "keep:0.7@a": f"'keep:0.7@a': block 1 is 'a'; {WHOLE}",
+    "keep:0.7,2@3,6": "'keep:0.7,2@3,6': share 2 is 2, but it is a share from 0 to 1, like 0.25.",
+    "keep:0@3": "'keep:0@3' keeps a share of 0, which is no token at all; write above 0.",
+    "keep:0.7@6,3": f"'keep:0.7@6,3' names its blocks as 6,3; {IN_ORDER}",
+    "keep:0.7@3,3": f"'keep:0.7@3,3' names its blocks as 3,3; {IN_ORDER}",
 }
 
 
@@ -335,7 +364,7 @@ def test_two_set_limit_is_half_of_the_mergeable(tokens: int, n_prefix: int, most
 
 def test_another_limit_is_obeyed() -> None:
     model = vit(depth=3, tokens=11)
-    plan = Plan.make(model, Schedule.parse("const:6"), "prune", lambda n, p: n - p - 1)
+    plan = Plan.make(model, Schedule.parse("const:6"), "prune", Counting(all_but_one))
     assert (removed(plan), plan.method) == ([6, 3, 0], "prune")
 
 
@@ -555,3 +584,60 @@ def test_docstring_examples_hold() -> None:
     result = doctest.testmod(importlib.import_module("tomexport.plan"))
     assert result.attempted > 0
     assert result.failed == 0
+
+
+# --- shares to keep
+
+
+def _kept(schedule: str, counting: Counting = TWO_SET) -> list[int]:
+    model = ModelCost("m", tuple(_site(call) for call in range(6)), fixed=0)
+    plan = Plan.make(model, Schedule.parse(schedule), "m", counting)
+    return [step.tokens_out for step in plan.steps]
+
+
+def _site(call: int) -> Site:
+    return Site(0, call, f"blocks.{call}", 101, 1, 1, Cost(before=10, pair=2, after=20), width=8)
+
+
+PRUNE = Counting(all_but_one)
+FIRST = Counting(all_but_one, keep_of_first, powers=True, place=BEFORE)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "counting", "expected"),
+    [
+        ("keep:0.7@1,3", PRUNE, [101, 71, 71, 50, 50, 50]),  # 100 → 70 → 49
+        ("keep:0.55@0,1", PRUNE, [57, 32, 32, 32, 32, 32]),  # 0.55·100 is above 55: a float
+        ("keep:0.9,0.5@1,3", PRUNE, [101, 91, 91, 46, 46, 46]),
+        ("keep:0.9", PRUNE, [91, 82, 74, 67, 61, 55]),  # every block: ⌈0.9·90⌉ = 81 …
+        ("keep:0.7@1,3,5", FIRST, [101, 71, 71, 49, 49, 35]),  # int(100·0.7²) = 48, a float's
+        ("keep:0.7,0.5@1,3", FIRST, [101, 71, 71, 51, 51, 51]),  # of the first, as given
+        ("keep:0.3@0", TWO_SET, [51] * 6),  # capped at half
+        ("keep:1@2", PRUNE, [101] * 6),
+    ],
+)
+def test_shares_become_counts(schedule: str, counting: Counting, expected: list[int]) -> None:
+    assert _kept(schedule, counting) == expected
+
+
+def test_before_a_block_its_attention_is_cheaper_too() -> None:
+    model = ModelCost("m", (_site(0),), fixed=0)
+    schedule = Schedule.parse("keep:0.5@0")
+    before = Plan.make(model, schedule, "m", dataclasses.replace(FIRST, macs=lambda s, n: n * 7))
+    between = Plan.make(model, schedule, "m", PRUNE)
+    assert (before.steps[0].place, before.steps[0].attended) == ("before", 51)
+    assert before.macs == 51 * 10 + 51**2 * 2 + 51 * 20 + 101 * 7
+    assert between.macs == 101 * 10 + 101**2 * 2 + 51 * 20
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ("keep:0.7@3,6", "names block 6, but the model has 6 blocks, 0 to 5"),
+        ("keep:0.7,0.5@1,3,5", "has 2 shares for 3 blocks"),
+        ("keep:0.7,0.5", "has 2 shares for 6 blocks"),
+    ],
+)
+def test_shares_that_do_not_fit_the_blocks(schedule: str, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        _kept(schedule)

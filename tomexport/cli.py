@@ -83,9 +83,15 @@ _schedule = click.option(
     "--schedule",
     required=True,
     metavar="S",
-    help="Tokens to remove: none, const:R, linear:R, exp:R_INIT,ALPHA or list:R0,R1,…",
+    help="Tokens to remove: none, const:R, linear:R, exp:R_INIT,ALPHA or list:R0,R1,…; "
+    "or the share to keep: keep:SHARE@BLOCK,…",
 )
-_method = click.option("--method", default="tome", show_default=True, help="How tokens are chosen.")
+_METHOD_OPTIONS = ("fuse",)
+_method = _options(
+    click.option("--method", default="tome", show_default=True, help="How tokens are chosen."),
+    click.option("--no-fuse", "fuse", flag_value="no", default=None,
+                 help="Drop what EViT would fuse into one token."),
+)  # fmt: skip
 _arch = click.option(
     "--arch", metavar="NAME", help="timm name of the checkpoint's architecture; found if left out."
 )
@@ -103,6 +109,13 @@ _kernels = click.option(
     "--kernels", default="auto", show_default=True, metavar="auto|off|PATH",
     help="Fused kernels: those of this machine, none, or a library.",
 )  # fmt: skip
+
+
+def _with_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Put the options of a method into its name: method "evit" and fuse "no" → "evit:fuse=no"."""
+    chosen = {name: options.pop(name) for name in _METHOD_OPTIONS}
+    said = ",".join(f"{name}={value}" for name, value in chosen.items() if value is not None)
+    return options | {"method": f"{options['method']}:{said}" if said else options["method"]}
 
 
 @click.group(cls=_ExportByDefault, context_settings={"help_option_names": ["-h", "--help"]})
@@ -174,7 +187,7 @@ def export(
             prop_attn=not no_prop_attn,
             images=ImageFolder.find(images) if images else None,
             progress=progress,
-            **options,
+            **_with_options(options),
         )
     _notes(report.notes)
     _show(report.to_dict(), as_json, lambda tables: tables.export_summary(report))
@@ -187,7 +200,7 @@ def plan(model: str, as_json: bool, **options: Any) -> None:
     """Show the tokens and MACs of every block of MODEL. A name needs no weights."""
     from tomexport import pipeline
 
-    result = pipeline.plan(model, options.pop("schedule"), **options)
+    result = pipeline.plan(model, options.pop("schedule"), **_with_options(options))
     width = 100 if result.staged else 80
     _show(result.to_dict(), as_json, lambda tables: tables.plan_table(result), width)
 

@@ -84,10 +84,19 @@ def pick(kind: str, table: Iterable[T], name: str) -> T:
     Raises: UnknownNameError naming the known entries and the nearest one.
     """
     by_name = {entry.name: entry for entry in table}
-    if name in by_name:
-        return by_name[name]
-    known = ", ".join(sorted(by_name))
-    raise UnknownNameError(f"Unknown {kind} {name!r}; known: {known}.{did_you_mean(name, by_name)}")
+    require_known(kind, name, by_name)
+    return by_name[name]
+
+
+def require_known(kind: str, name: str, known: Iterable[str]) -> None:
+    """Check that a name is one of those known.
+
+    Raises: UnknownNameError naming the known ones and the nearest one.
+    """
+    names = sorted(known)
+    if name not in names:
+        near, others = did_you_mean(name, names), ", ".join(names) or "none"
+        raise UnknownNameError(f"Unknown {kind} {name!r}; known: {others}.{near}")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -30,7 +30,6 @@ from tomexport.errors import (
     VerifyError,
     did_you_mean,
     need,
-    pick,
 )
 from tomexport.plan import Plan, Schedule
 from tomexport.runtime.baselines import BOUND, NONE, beside
@@ -125,11 +124,11 @@ def _find(model: str | Path | nn.Module, **options: Any) -> Source:
 
 def _plan(found: Source, schedule: Schedule, method: str) -> Plan:
     from tomexport.exporter.families import family_of
-    from tomexport.exporter.methods import METHODS
+    from tomexport.exporter.methods import method_of
 
-    chosen = pick("method", METHODS, method)
+    chosen = method_of(method)
     cost = family_of(found.model).cost(found.model, found.name)
-    return Plan.make(cost, schedule, chosen.name, chosen.limit)
+    return Plan.make(cost, schedule, chosen.name, chosen.counting)
 
 
 def reduce(
@@ -160,11 +159,11 @@ def reduce(
 
 
 def _reduce(found: Source, schedule: Schedule, method: str, prop_attn: bool) -> ReducedModel:
-    from tomexport.exporter.methods import METHODS
+    from tomexport.exporter.methods import method_of
     from tomexport.exporter.rewrite import ReducedModel
 
-    chosen = pick("method", METHODS, method)
-    return ReducedModel(found.model, _plan(found, schedule, method), chosen, prop_attn=prop_attn)
+    plan = _plan(found, schedule, method)
+    return ReducedModel(found.model, plan, method_of(method), prop_attn=prop_attn)
 
 
 def export(
@@ -276,7 +275,7 @@ def export(
 
 def _baselines(schedule: str, method: str) -> dict[str, tuple[str, str]]:
     """Return schedule and method of what a file is measured against, by name."""
-    return {NONE: ("none", method), BOUND: (schedule, BOUND)}
+    return {NONE: ("none", method), BOUND: (schedule, f"{BOUND}:{method}")}
 
 
 class ProofError(VerifyError):

@@ -10,6 +10,7 @@ half the tokens; SReT + ToMe for the exponential schedule and for aligned counts
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,15 +19,63 @@ from typing import Any
 from tomexport.errors import PlanError
 
 _COUNT_LIMIT = 1_000_000  # more tokens than any image model has; larger is a typing error
-_FORMS = "none, const:R, linear:R, exp:R_INIT,ALPHA or list:R0,R1,…"
+_FORMS = "none, const:R, linear:R, exp:R_INIT,ALPHA, list:R0,R1,… or keep:SHARE@BLOCK,…"
+BETWEEN, BEFORE = "between", "before"  # attention and MLP; the block
 
 # (tokens, prefix tokens) → the most tokens that a method can remove at a site
 Limit = Callable[[int, int], int]
+# (share, tokens met, site) → the tokens left, prefix included
+Keep = Callable[[float, int, "Site"], int]
 
 
 def two_set_limit(tokens: int, n_prefix: int) -> int:
     """Return the most tokens that two-set matching can remove: half of the mergeable ones."""
     return max(0, (tokens - n_prefix) // 2)
+
+
+def all_but_one(tokens: int, n_prefix: int) -> int:
+    """Return the most tokens that a method can remove which needs one to be left."""
+    return max(0, tokens - n_prefix - 1)
+
+
+def keep_of_met(share: float, tokens: int, site: Site) -> int:
+    """Return the tokens left if a share of the mergeable ones met is kept, rounded up."""
+    return site.n_prefix + math.ceil(share * (tokens - site.n_prefix))
+
+
+def keep_of_first(share: float, tokens: int, site: Site) -> int:
+    """Return the tokens left if a share of the mergeable ones at first is kept, rounded down."""
+    del tokens
+    return site.n_prefix + int((site.tokens_first - site.n_prefix) * share)
+
+
+@dataclass(frozen=True)
+class Counting:
+    """How a method turns a schedule into counts, and what it costs itself.
+
+    Attributes:
+        limit: the most tokens it can remove at a site.
+        keep: what a share means.
+        powers: whether a single share stands for itself, its square, its cube … at the places of a
+            keep schedule, rather than for itself at each.
+        place: where tokens are removed: BETWEEN attention and MLP, or BEFORE the block.
+        macs: (site, tokens met) → MACs of linear layers of the method's own, where it acts.
+    """
+
+    limit: Limit
+    keep: Keep = keep_of_met
+    powers: bool = False
+    place: str = BETWEEN
+    macs: Callable[[Site, int], int] = lambda site, tokens: 0
+
+    def shares(self, values: Sequence[float], n_places: int) -> tuple[float, ...]:
+        """Return the share at each place of a keep schedule."""
+        if len(values) == n_places:
+            return tuple(values)
+        return tuple(values[0] ** (i + 1 if self.powers else 1) for i in range(n_places))
+
+
+TWO_SET = Counting(two_set_limit)
 
 
 @dataclass(frozen=True)
@@ -80,6 +129,7 @@ class Site:
         n_prefix: class, distillation and register tokens, which are never merged.
         multiple: the tokens left must be a multiple of this.
         cost: MACs of the call.
+        width: channels of a token.
     """
 
     stage: int
@@ -89,6 +139,7 @@ class Site:
     n_prefix: int
     multiple: int
     cost: Cost
+    width: int = 0
 
 
 @dataclass(frozen=True)
@@ -144,14 +195,16 @@ class Schedule:
         'exp:0.25,0'
 
     Attributes:
-        kind: "none", "const", "linear", "exp" or "list".
-        values: its numbers; integers except for "exp".
+        kind: "none", "const", "linear", "exp", "list" or "keep".
+        values: its numbers; integers except for "exp" and "keep".
         text: the schedule as it was written.
+        places: the sites of a "keep" schedule; empty for all.
     """
 
     kind: str
     values: tuple[float, ...]
     text: str
+    places: tuple[int, ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> Schedule:
@@ -160,22 +213,49 @@ class Schedule:
         Raises: PlanError saying which number is missing, malformed or out of range.
         """
         kind, colon, rest = text.strip().partition(":")
-        if kind not in _PARSERS:
+        if kind not in (*_PARSERS, "keep"):
             raise PlanError(f"Unknown schedule {text!r}; a schedule is {_FORMS}.")
         if kind == "none":
             if colon:
                 raise PlanError(f"{text!r}: 'none' takes no numbers; write it alone.")
             return cls("none", (), "none")
+        if kind == "keep":
+            return cls(kind, *_parse_keep(text, rest))
         fields = rest.split(",")
         return cls(kind, _PARSERS[kind](text, fields), f"{kind}:{','.join(fields)}")
+
+    def shares(self, n_sites: int, counting: Counting) -> list[float | None]:
+        """Return the share to keep at each site; None at those that remove by count, or nothing.
+
+        Raises: PlanError if a place is no site, or if the shares do not fit the places.
+        """
+        if self.kind != "keep":
+            return [None] * n_sites
+        places = self.places or tuple(range(n_sites))
+        if places[-1] >= n_sites:
+            raise PlanError(
+                f"{self.text} names block {places[-1]}, but the model has {n_sites} blocks, 0 to "
+                f"{n_sites - 1}."
+            )
+        if len(self.values) not in (1, len(places)):
+            raise PlanError(
+                f"{self.text} has {len(self.values)} shares for {len(places)} blocks; give one "
+                "for all, or one for each."
+            )
+        found: list[float | None] = [None] * n_sites
+        for place, share in zip(places, counting.shares(self.values, len(places)), strict=True):
+            found[place] = share
+        return found
 
     def requests(self, sites: Sequence[Site]) -> list[int]:
         """Return the tokens requested at each site, before caps and alignment.
 
+        A schedule of shares requests nothing by count; see `shares`.
+
         Raises: PlanError if a list is longer than the sites.
         """
         n = len(sites)
-        if self.kind == "none":
+        if self.kind in ("none", "keep"):
             return [0] * n
         if self.kind == "const":
             return [int(self.values[0])] * n
@@ -252,6 +332,22 @@ def _share(text: str, field: str, name: str) -> float:
     return value
 
 
+def _parse_keep(text: str, rest: str) -> tuple[tuple[float, ...], str, tuple[int, ...]]:
+    """Return the shares, the text as it is written back, and the blocks of "keep:SHARES@BLOCKS"."""
+    shares, at, blocks = rest.partition("@")
+    fields, places = shares.split(","), blocks.split(",") if at else []
+    values = tuple(_share(text, field, f"share {i + 1}") for i, field in enumerate(fields))
+    if 0 in values:
+        raise PlanError(f"{text!r} keeps a share of 0, which is no token at all; write above 0.")
+    numbers = tuple(_count(text, field, f"block {i + 1}") for i, field in enumerate(places))
+    if list(numbers) != sorted(set(numbers)):
+        raise PlanError(
+            f"{text!r} names its blocks as {','.join(places)}; name each once, in their order, "
+            "counted from 0, like keep:0.7@3,6,9."
+        )
+    return values, f"keep:{','.join(fields)}{at}{','.join(places)}", numbers
+
+
 _PARSERS: dict[str, Callable[[str, list[str]], tuple[float, ...]]] = {
     "none": lambda text, fields: (),
     "const": _parse_one_count,
@@ -267,7 +363,7 @@ class Step:
 
     Attributes:
         block, stage, call: the site.
-        tokens_in: tokens that the attention sees.
+        tokens_in: tokens that the block is given.
         requested: tokens that the schedule asks to remove.
         removed: tokens that are removed, after the method's limit and the stage's alignment.
         tokens_out: tokens that the MLP sees.
@@ -276,6 +372,8 @@ class Step:
         multiple: the tokens that are left are a multiple of this.
         restored: tokens that come back after this call, where a stage ends and the next one needs
             its whole grid; None elsewhere.
+        place: where tokens are removed: "between" attention and MLP, or "before" the block, whose
+            attention then sees `tokens_out`.
     """
 
     block: str
@@ -289,6 +387,12 @@ class Step:
     slices: int = 1
     multiple: int = 1
     restored: int | None = None
+    place: str = BETWEEN
+
+    @property
+    def attended(self) -> int:
+        """Tokens that the attention sees."""
+        return self.tokens_out if self.place == BEFORE else self.tokens_in
 
 
 @dataclass(frozen=True)
@@ -296,7 +400,7 @@ class Plan:
     """The token count at every site of a model, and what it costs.
 
     Usage:
-        plan = Plan.make(model_cost, Schedule.parse("const:8"), "tome", two_set_limit)
+        plan = Plan.make(model_cost, Schedule.parse("const:8"), "tome", TWO_SET)
         plan.macs / plan.macs_unreduced
 
     Attributes:
@@ -329,19 +433,28 @@ class Plan:
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def make(cls, model: ModelCost, schedule: Schedule, method: str, limit: Limit) -> Plan:
+    def make(
+        cls, model: ModelCost, schedule: Schedule, method: str, counting: Counting = TWO_SET
+    ) -> Plan:
         """Turn a schedule into the token counts of a model with at least one site.
 
         Raises: PlanError if the schedule does not fit the model's sites.
         """
         steps: list[Step] = []
-        following = [*model.sites[1:], None]
         requests = schedule.requests(model.sites)
-        for site, request, after in zip(model.sites, requests, following, strict=True):
+        shares = schedule.shares(len(model.sites), counting)
+        own = 0  # MACs of the method itself
+        for index, site in enumerate(model.sites):
             tokens = steps[-1].tokens_out if steps and site.call else site.tokens_first
-            removed = _fit(request, tokens, limit(tokens, site.n_prefix), site.multiple)
+            share, request = shares[index], requests[index]
+            if share is not None:
+                request = max(0, tokens - counting.keep(share, tokens, site))
+            removed = _fit(request, tokens, counting.limit(tokens, site.n_prefix), site.multiple)
             out = tokens - removed
-            stage_ends = after is not None and after.stage != site.stage
+            macs = counting.macs(site, tokens) if removed else 0
+            own += macs
+            stage_ends = any(after.stage != site.stage for after in model.sites[index + 1 :][:1])
+            met = out if counting.place == BEFORE else tokens
             steps.append(
                 Step(
                     block=site.block,
@@ -351,14 +464,15 @@ class Plan:
                     requested=request,
                     removed=removed,
                     tokens_out=out,
-                    macs=site.cost.macs(tokens, out),
+                    macs=site.cost.macs(met, out) + macs,
                     slices=site.cost.slices,
                     multiple=site.multiple,
                     restored=site.tokens_first if stage_ends else None,
+                    place=counting.place,
                 )
             )
         last = model.sites[-1]
-        reduced = [(step.tokens_in, step.tokens_out) for step in steps]
+        reduced = [(step.attended, step.tokens_out) for step in steps]
         unreduced = [(site.tokens_first, site.tokens_first) for site in model.sites]
         return cls(
             model=model.name,
@@ -366,10 +480,10 @@ class Plan:
             schedule=schedule.text,
             n_prefix=last.n_prefix,
             steps=tuple(steps),
-            macs=model.macs(reduced),
+            macs=model.macs(reduced) + own,
             macs_unreduced=model.macs(unreduced),
             macs_spared=0 if model.n_read is None else last.cost.spared(*reduced[-1], model.n_read),
-            flops_slides=model.flops_slides(reduced),
+            flops_slides=model.flops_slides(reduced) + 2 * own,
             flops_slides_unreduced=model.flops_slides(unreduced),
             notes=_notes(steps, schedule.padding(len(steps))),
         )
@@ -378,6 +492,12 @@ class Plan:
     def removed_total(self) -> int:
         """Tokens removed over all sites."""
         return sum(step.removed for step in self.steps)
+
+    @property
+    def n_reductions(self) -> int:
+        """Reductions in the file: none in the last block if only the class token is read."""
+        after = self.steps[-1].place == BETWEEN and self.macs_spared > 0
+        return sum(step.removed > 0 for step in (self.steps[:-1] if after else self.steps))
 
     @property
     def staged(self) -> bool:

@@ -105,7 +105,7 @@ def one_node_model(case: Case, *, opset: int = OPSET, size_batch: int | None = N
         return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
 
     b, n, m = case.batch, case.n, case.n - case.r
-    body = MERGE.body(n, case.r, case.n_prefix, opset, case.raster)
+    body = MERGE.body(n, opset, attributes(case))
     inputs = [
         value("x", b, n, case.channels),
         value("size", size_batch or b, n, 1),
@@ -313,8 +313,8 @@ def test_body_is_as_large_for_any_n(n: int) -> None:
 
 def test_each_site_has_a_body_of_its_own() -> None:
     sites = [(197, 8, 1), (189, 8, 1), (197, 16, 1), (197, 8, 2)]
-    bodies = [MERGE.body(*site, OPSET) for site in sites]
-    bodies.append(MERGE.body(197, 8, 1, OPSET, raster=True))
+    bodies = [MERGE.body(n, OPSET, {"r": r, "n_prefix": n_prefix}) for n, r, n_prefix in sites]
+    bodies.append(MERGE.body(197, OPSET, {"r": 8, "n_prefix": 1, "raster": 1}))
     assert len({body.identifier() for body in bodies}) == len(sites) + 1
     assert {(body.domain, body.name) for body in bodies} == {("tomexport", "Merge")}
 

@@ -17,3 +17,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -
         scores = scores if bias is None else scores + bias
         return scores.softmax(dim=-1) @ v
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+
+
+def class_attention(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """Return what the first query of each head attends to, (B, H, N); arguments as in `attend`."""
+    scores = (q[:, :, :1] * scale) @ k.mT  # (B, H, 1, N)
+    scores = scores if bias is None else scores + bias
+    return scores.softmax(dim=-1)[:, :, 0]

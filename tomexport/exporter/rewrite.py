@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from tomexport.errors import PlanError, RewriteError
 from tomexport.exporter.families import family_of
-from tomexport.exporter.families.family import Family
-from tomexport.exporter.methods.method import Method
-from tomexport.plan import Plan
+from tomexport.exporter.families.family import Family, Signals, Tokens
+from tomexport.exporter.methods.method import Method, Reduced, View
+from tomexport.plan import BEFORE, BETWEEN, Plan, Step
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Decision:
     """What one reduction decided.
 
     Attributes:
-        target: (B, N) slot of each token.
+        target: (B, N) slot of each token, −1 for none.
         margin: (B,) how far the nearest other decision was, in units of the method's score.
     """
 
@@ -58,6 +58,11 @@ class ReducedModel(nn.Module):
                 f"{method.name} needs {', '.join(missing)}, which the family "
                 f"{self._family.name!r} does not give; it gives {', '.join(self._family.signals)}."
             )
+        if "class_attention" in method.needs and not plan.n_prefix:
+            raise RewriteError(
+                f"{method.name} ranks tokens by what the class token attends to, and {plan.model} "
+                "has none; take a method that compares tokens, like tome."
+            )
         self.net = private_copy(model)
         self._family.prepare(self.net)
         n_calls = len(self._family.cost(self.net, plan.model).sites)
@@ -69,7 +74,7 @@ class ReducedModel(nn.Module):
         self.plan = plan
         self._calls = self._family.calls(self.net, plan.steps)
         self._method = method
-        self._prop_attn = prop_attn
+        self._weighs_keys = prop_attn and method.sizes
         self.eval()
 
     @property
@@ -101,29 +106,71 @@ class ReducedModel(nn.Module):
         return self._run(image, decisions), decisions
 
     def _run(self, image: Tensor, decisions: list[Decision] | None) -> Tensor:
-        family, method = self._family, self._method
+        family = self._family
         x = family.embed(self.net, image)  # (B, N, C)
-        size: Tensor | None = None
-        targets: list[Tensor | None] = []  # of this stage
+        state = _Stage()
         for call, step in zip(self._calls, self.plan.steps, strict=True):
             n_out = family.n_read(self.net) if step is self.plan.steps[-1] else None
-            x, signals = family.attention(call, x, size if self._prop_attn else None, n_out)
-            if step.removed and n_out is None:
-                signal = method.signal(signals)
-                how: dict[str, Any] = {"r": step.removed, "n_prefix": self.plan.n_prefix}
-                how["raster"] = family.raster
-                before = x.new_ones(1, step.tokens_in, 1) if size is None else size
-                x, size, target = method.operator(x, before, signal, **how)
-                targets.append(target)
-                if decisions is not None and target is not None:
-                    decisions.append(Decision(target, method.operator.margin(signal, **how)))
+            before = x
+            if step.place == BEFORE and step.removed:
+                x = self._reduce(x, before, None, step, state, decisions)
+            size = state.size if self._weighs_keys else None
+            x, signals = family.attention(call, Tokens(x, size, state.place), n_out)
+            if step.place == BETWEEN and step.removed and n_out is None:
+                x = self._reduce(x, before, signals, step, state, decisions)
             x = family.mlp(call, x)
             if step.restored:
                 assert family.downsample is not None
-                whole = _restored(x, targets, step.restored)
+                whole = _restored(x, state.targets, step.restored)
                 x = family.downsample(self.net, step.stage + 1, whole)
-                size, targets = None, []
-        return family.head(self.net, x, size)
+                state = _Stage()
+        return family.head(self.net, x, state.size if self._method.sizes else None)
+
+    def _reduce(
+        self, x: Tensor, before: Tensor, signals: Signals | None, step: Step, state: _Stage,
+        decisions: list[Decision] | None,
+    ) -> Tensor:  # fmt: skip
+        size = x.new_ones(1, step.tokens_in, 1) if state.size is None else state.size
+        left = self._method.reduce(
+            View(x, before, size, signals, step, self.plan.n_prefix, self._family.raster)
+        )
+        state.size = left.size
+        state.targets.append(left.target)
+        if self._family.places:
+            state.place = _places(left, state.place, step)
+        if decisions is not None and left.target is not None and left.margin is not None:
+            decisions.append(Decision(left.target, left.margin()))
+        return left.x
+
+
+@dataclass
+class _Stage:
+    """What a run remembers of its stage.
+
+    Attributes:
+        size: of each token; None while nothing has been removed.
+        place: where each is from; None while all are where they were.
+        targets: where tokens went, one map per reduction; None where nothing was chosen.
+    """
+
+    size: Tensor | None = None
+    place: Tensor | None = None
+    targets: list[Tensor | None] = field(default_factory=list)
+
+
+def _places(left: Reduced, place: Tensor | None, step: Step) -> Tensor:
+    """Return where each slot is from, (B, M): from where the token is that leads it."""
+    n, n_left = step.tokens_in, step.tokens_out
+    if left.target is None:
+        leader = torch.arange(n_left).expand(left.x.shape[0], -1)
+    else:
+        # the first of the tokens that lead, or the first of all
+        priority = torch.arange(n, 0, -1)
+        if left.leads is not None:
+            priority = priority + n * left.leads
+        inside = left.target[:, None, :] == torch.arange(n_left)[:, None]  # (B, M, N)
+        leader = (inside * priority.expand(left.target.shape)[:, None, :]).argmax(dim=2)
+    return leader if place is None else place.gather(1, leader)
 
 
 def _restored(x: Tensor, targets: list[Tensor | None], n: int) -> Tensor:

@@ -116,24 +116,24 @@ def _quiet() -> Iterator[None]:
 
 
 def _attach_bodies(graph_model: ir.Model, opset: int) -> tuple[str, ...]:
-    """Give every node of our domain its function, and its target map a name."""
+    """Give every node of our domain its function, and its target map, if it decides, a name."""
     decisions = []
     nodes = [node for node in graph_model.graph if node.domain == DOMAIN]
     for index, node in enumerate(nodes):
         operator = pick("operator", OPERATORS, node.op_type)
-        x, target = node.inputs[0], node.outputs[-1]
+        x, target = node.inputs[0], operator.decision(node)
         assert x is not None
         assert x.shape is not None
         n_tokens = x.shape[1]
         assert isinstance(n_tokens, int)
-        counts = {name: node.attributes[name].as_int() for name in ("r", "n_prefix")}
-        raster = "raster" in node.attributes
-        function = operator.body(n_tokens, **counts, opset=opset, raster=raster)
+        given = {name: value.as_int() for name, value in node.attributes.items()}
+        function = operator.body(n_tokens, opset, given)
         graph_model.functions[function.identifier()] = function
         node.overload = function.overload
         node.name = f"{DOMAIN}/{operator.name}_{index}"
-        target.name = f"decision_{index}"
-        decisions.append(target.name)
+        if not given.get("fixed"):
+            target.name = f"decision_{index}"
+            decisions.append(target.name)
     graph_model.opset_imports[DOMAIN] = 1
     return tuple(decisions)
 

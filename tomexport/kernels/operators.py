@@ -1,12 +1,12 @@
 """Operators: called in PyTorch they compute, during export they become one node with a body.
 
 Usage:
-    x, size, target = MERGE(x, size, metric, r=8, n_prefix=1)
+    x, size, target = MERGE(x, size, keys, r=8, n_prefix=1)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,67 +19,91 @@ from tomexport.artifact import DOMAIN
 from tomexport.kernels.merge import function as merge_function
 from tomexport.kernels.merge import reference as merge_reference
 from tomexport.kernels.merge.cases import cases as merge_cases
+from tomexport.kernels.reduce import function as reduce_function
+from tomexport.kernels.reduce import reference as reduce_reference
+from tomexport.kernels.reduce.cases import cases as reduce_cases
 
 _FLOAT, _INT64 = ir.DataType.FLOAT.value, ir.DataType.INT64.value
 
 
 @dataclass(frozen=True)
 class Operator:
-    """A reduction of tokens in all its forms: (x, size, signal) → (x, size, target).
+    """A reduction of tokens in all its forms: (x, …) → (x, size, …).
+
+    Every operator takes x (B, N, C) first and removes r tokens; it gives x (B, N − r, C) and the
+    sizes (B, N − r, 1). "target", the slot of each token (B, N), is among what it takes or gives.
 
     Attributes:
         name: op type of its node, in the domain of tomexport.
+        inputs: names of its inputs, "x" first.
+        outputs: names of its outputs: "x", "size", and "target" if it decides itself.
+        attributes: its integer attributes, "r" among them.
+        optional: those that nodes can leave out, and what they are then.
         reference: the torch form.
-        margin: how far the nearest other decision is, (B,), from the signal alone.
-        function: traces the standard-ONNX form with an onnxscript builder.
+        function: traces the standard-ONNX form with an onnxscript builder; is told n and the
+            attributes.
         cases: inputs that every form is tested and timed with.
         tolerance: largest difference between two forms in float32, relative to the largest value:
             sums of up to a few hundred tokens in another order.
     """
 
     name: str
-    reference: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    margin: Callable[..., Tensor]
-    function: Callable[..., tuple[ir.Value, ir.Value, ir.Value]]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: tuple[str, ...]
+    optional: Mapping[str, int]
+    reference: Callable[..., tuple[Tensor, ...]]
+    function: Callable[..., tuple[ir.Value, ...]]
     cases: Callable[[], list[Any]]
     tolerance: float = 1e-6
 
-    def __call__(
-        self, x: Tensor, size: Tensor, signal: Tensor, *, r: int, n_prefix: int,
-        raster: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    def __call__(self, *inputs: Tensor, **attributes: int) -> tuple[Tensor, ...]:
         """Remove r tokens: run the reference, or emit the node if the model is being exported."""
         if not torch.onnx.is_in_onnx_export():
-            return self.reference(x, size, signal, r=r, n_prefix=n_prefix, raster=raster)
-        n_batch, n, n_channels = x.shape
-        # only where it is asked for: other nodes stay as they were without it
-        attributes: dict[str, Any] = {"r": r, "n_prefix": n_prefix}
-        attributes |= {"raster": 1} if raster else {}
-        merged, merged_size, target = torch.onnx.ops.symbolic_multi_out(
+            return self.reference(*inputs, **attributes)
+        n_batch, n, n_channels = inputs[0].shape
+        n_out = n - attributes["r"]
+        shapes = ((n_batch, n_out, n_channels), (n_batch, n_out, 1), (n_batch, n))
+        n_outputs = len(self.outputs)
+        outputs = torch.onnx.ops.symbolic_multi_out(
             f"{DOMAIN}::{self.name}",
-            (x, size, signal),
-            attributes,
-            dtypes=(_FLOAT, _FLOAT, _INT64),
-            shapes=((n_batch, n - r, n_channels), (n_batch, n - r, 1), (n_batch, n)),
+            inputs,
+            # what is as it would be without stays out, so that nodes are as they were before it
+            {k: int(v) for k, v in attributes.items() if self.optional.get(k) != v},
+            dtypes=(_FLOAT, _FLOAT, _INT64)[:n_outputs],
+            shapes=shapes[:n_outputs],
             version=1,
         )
-        return merged, merged_size, target
+        return tuple(outputs)
 
-    def body(self, n: int, r: int, n_prefix: int, opset: int, raster: bool = False) -> ir.Function:
-        """Return the node's function for sites of n tokens, all sizes baked in."""
-        attributes = ("r", "n_prefix", "raster") if raster else ("r", "n_prefix")
+    def decision(self, node: ir.Node) -> ir.Value:
+        """Return the value of a node that says which slot each token goes to."""
+        if "target" in self.outputs:
+            return node.outputs[self.outputs.index("target")]
+        value = node.inputs[self.inputs.index("target")]
+        assert value is not None
+        return value
+
+    def body(self, n: int, opset: int, given: Mapping[str, int]) -> ir.Function:
+        """Return the function of a node for n tokens, all sizes baked in.
+
+        Args:
+            n: tokens in.
+            opset: ONNX opset.
+            given: the attributes that the node has.
+        """
+        attributes = {**self.optional, **given}
         function: ir.Function = build_function(
-            lambda op, *inputs: self.function(
-                op, *inputs, n=n, r=r, n_prefix=n_prefix, raster=raster
-            ),
-            [ir.Value(name=name) for name in ("x", "size", "signal")],
+            lambda op, *inputs: self.function(op, *inputs, n=n, **attributes),
+            [ir.Value(name=name) for name in self.inputs],
             domain=DOMAIN,
             name=self.name,
             # declared, because the node carries them for the kernels; the body does not read them
-            attributes=[ir.Attr(name, ir.AttributeType.INT, None) for name in attributes],
+            attributes=[ir.Attr(name, ir.AttributeType.INT, None) for name in given],
             opset_imports={"": opset},
         )
-        function.overload = f"n{n}_r{r}_p{n_prefix}{'_raster' if raster else ''}"
+        said = [f"{name}{value}" for name, value in given.items()]
+        function.overload = "_".join([f"n{n}", *said])
         for index, node in enumerate(function):
             node.name = f"{DOMAIN}/{node.op_type}_{index}"  # how a profile tells them apart
         return function
@@ -87,10 +111,24 @@ class Operator:
 
 MERGE = Operator(
     name="Merge",
+    inputs=("x", "size", "signal"),
+    outputs=("x", "size", "target"),
+    attributes=("r", "n_prefix", "raster"),
+    optional={"raster": 0},
     reference=merge_reference.merge,
-    margin=merge_reference.margin,
     function=merge_function.merge,
     cases=merge_cases,
 )
 
-OPERATORS = (MERGE,)
+REDUCE = Operator(
+    name="Reduce",
+    inputs=("x", "mass", "target", "weight"),
+    outputs=("x", "size"),
+    attributes=("r", "mean", "fixed"),
+    optional={"fixed": 0},
+    reference=reduce_reference.reduce,
+    function=reduce_function.reduce,
+    cases=reduce_cases,
+)
+
+OPERATORS = (MERGE, REDUCE)

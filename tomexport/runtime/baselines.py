@@ -17,12 +17,20 @@ _CALLED = {NONE: "unmerged baseline", BOUND: "free-merge bound"}
 
 def forms(path: Path, metadata: Metadata, kernels: str) -> dict[str, tuple[str, str]]:
     """Return the ways to run the file itself: what it is called, the file and its kernels."""
-    if not metadata.decisions:
-        return {BOUND if metadata.plan.method == BOUND else NONE: (str(path), kernels)}
+    if not _reduces(metadata):
+        return {BOUND if _is_bound(metadata) else NONE: (str(path), kernels)}
     fused = {FUSED: (str(path), kernels)} if metadata.ops == "custom" and kernels != "off" else {}
     if fused and path.suffix == ".xml":
         return fused  # IR has no bodies: it cannot run in standard operators
     return fused | {PORTABLE: (str(path), "off" if fused else kernels)}
+
+
+def _is_bound(metadata: Metadata) -> bool:
+    return metadata.plan.method.startswith(f"{BOUND}:")
+
+
+def _reduces(metadata: Metadata) -> bool:
+    return metadata.plan.n_reductions > 0 and not _is_bound(metadata)
 
 
 def beside(path: Path, name: str) -> Path:
@@ -34,7 +42,7 @@ def find(
     backend: Backend, path: Path, metadata: Metadata, given: dict[str, str | Path | None]
 ) -> tuple[dict[str, tuple[Path, Metadata]], list[str]]:
     """Return the files to compare with and what they say of themselves; and what is missing."""
-    if not metadata.decisions:
+    if not _reduces(metadata):
         if any(given.values()):
             raise ArtifactError(
                 f"{path} merges no tokens, so there is nothing to compare; leave out --baseline "
@@ -70,7 +78,7 @@ def _check(name: str, path: Path, ours: Metadata, peer: Path, theirs: Metadata) 
     if name == NONE:
         same["number of tokens removed"] = (sum(n_removed), 0)
     else:
-        same["method"] = (theirs.plan.method, BOUND)
+        same["method"] = (theirs.plan.method, f"{BOUND}:{ours.plan.method}")
         same["list of tokens removed"] = (n_removed, wanted)
         same["proportional attention"] = (theirs.prop_attn, ours.prop_attn)
     for what, (found, needed) in same.items():

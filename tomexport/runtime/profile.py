@@ -224,7 +224,7 @@ def profile(
     case = _Case(
         files=forms(path, metadata, str(kernels))
         | {name: (str(peer), str(kernels)) for name, (peer, _) in peers.items()},
-        merges=len(metadata.decisions),
+        merges=plan.n_reductions,
         predicted=_computed(peers[NONE][1].plan) / _computed(plan)
         if NONE in peers
         else plan.predicted_speedup,

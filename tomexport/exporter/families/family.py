@@ -13,14 +13,39 @@ from torch import Tensor, nn
 from tomexport.plan import ModelCost, Step
 
 
-class Signals(NamedTuple):
+class Tokens(NamedTuple):
+    """The tokens at a block, and what goes with them.
+
+    Attributes:
+        x: (B, N, C).
+        size: how many original tokens each stands for, (B, N, 1), or (1, N, 1) where all images
+            agree; None where attention is not to weight by it.
+        place: (B, N) int64, which token at the start of the stage each stands in the place of;
+            None while each stands in its own, and in families whose attention reads no places.
+    """
+
+    x: Tensor
+    size: Tensor | None = None
+    place: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Signals:
     """What a block's attention can tell a method.
 
     Attributes:
-        keys: (B, H, N, D), as projected: before any normalisation of queries and keys.
+        keys, queries, values: (B, H, N, D), as projected: before any normalisation or rotation of
+            queries and keys; scaled or not.
+        normed: (B, N, C), what was projected.
+        class_attention: () → (B, H, N), what each head's class token pays to every token, after
+            the softmax and with its bias.
     """
 
     keys: Float[Tensor, "B H N D"]
+    queries: Tensor | None = None
+    values: Tensor | None = None
+    normed: Tensor | None = None
+    class_attention: Callable[[], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -45,14 +70,16 @@ class Family:
         embed: image → tokens (B, N, C).
         calls: (model, steps of the plan) → what `attention` and `mlp` take, one per step: for most
             families the block; an object may come more than once.
-        attention: (call, x, size or None, n) → the first n tokens (None: all) after the
-            attention residual, and the signals of all.
+        attention: (call, tokens, n) → x of the first n tokens (None: all) after the attention
+            residual, and the signals of all.
         mlp: (call, x) → x after the MLP residual.
         head: (model, x, size or None) → output (B, classes or channels).
         downsample: (model, stage, x) → the tokens that a stage starts with, from all tokens of the
             stage before; None in families of one stage.
         raster: whether tokens must keep the order of their places in the image, because the
             attention reads it; a merged token stands where its first one stood.
+        places: whether attention reads where tokens are from (rotary or relative positions), so
+            that it must be told the place of each.
     """
 
     name: str
@@ -70,11 +97,12 @@ class Family:
     n_read: Callable[[nn.Module], int | None]
     embed: Callable[[nn.Module, Tensor], Tensor]
     calls: Callable[[nn.Module, Sequence[Step]], Sequence[Any]]
-    attention: Callable[[Any, Tensor, Tensor | None, int | None], tuple[Tensor, Signals]]
+    attention: Callable[[Any, Tokens, int | None], tuple[Tensor, Signals]]
     mlp: Callable[[Any, Tensor], Tensor]
     head: Callable[[nn.Module, Tensor, Tensor | None], Tensor]
     downsample: Callable[[nn.Module, int, Tensor], Tensor] | None = None
     raster: bool = False
+    places: bool = False
 
 
 def linear_macs(module: nn.Module | None) -> int:

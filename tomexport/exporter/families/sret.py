@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tomexport.exporter.families.family import (
     Family,
     Signals,
+    Tokens,
     linear_macs,
     norm_elements,
     scale_rows,
@@ -76,6 +77,7 @@ def _cost(model: Any, name: str) -> ModelCost:
                     tokens_first=rows * columns,
                     n_prefix=0,
                     multiple=model.slices[stage][0],
+                    width=block.attn.proj.in_features,
                     cost=Cost(
                         before=linear_macs(block.attn),
                         pair=2 * block.attn.proj.in_features,
@@ -145,11 +147,9 @@ def _calls(model: Any, steps: Sequence[Step]) -> Sequence[Call]:
     return calls
 
 
-def _attention(
-    call: Call, x: Tensor, size: Tensor | None, n_out: int | None
-) -> tuple[Tensor, Signals]:
+def _attention(call: Call, tokens: Tokens, n_out: int | None) -> tuple[Tensor, Signals]:
     del n_out  # the head reads all
-    x, keys = call.attention(x, size)
+    x, keys = call.attention(tokens.x, tokens.size)
     return x, Signals(keys=keys)
 
 

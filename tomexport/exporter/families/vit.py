@@ -14,16 +14,18 @@ Modifications to timm's forward, all of them exact while nothing has merged:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tomexport.exporter.attention import attend
+from tomexport.exporter.attention import attend, class_attention
 from tomexport.exporter.families.family import (
     Family,
     Signals,
+    Tokens,
     linear_macs,
     norm_elements,
     scale_rows,
@@ -112,6 +114,7 @@ def _cost(model: Any, name: str) -> ModelCost:
             tokens_first=n_tokens,
             n_prefix=model.num_prefix_tokens,
             multiple=1,
+            width=model.embed_dim,
             cost=Cost(
                 before=linear_macs(block.attn),
                 pair=2 * block.attn.attn_dim,
@@ -184,19 +187,22 @@ def _calls(model: Any, steps: Sequence[Step]) -> Sequence[nn.Module]:
     return tuple(model.blocks)
 
 
-def _attention(
-    block: Any, x: Tensor, size: Tensor | None, n_out: int | None
-) -> tuple[Tensor, Signals]:
-    attn = block.attn
+def _attention(block: Any, tokens: Tokens, n_out: int | None) -> tuple[Tensor, Signals]:
+    attn, x, size = block.attn, tokens.x, tokens.size
     h = block.norm1(x)
     q, k, v = _project(attn, h, n_out)  # (B, H, N, D), but q (B, H, n_out, D)
     bias = None if size is None else size.log().reshape(-1, 1, 1, x.shape[1])
-    out = attend(attn.q_norm(q), attn.k_norm(k), v, bias, attn.scale)
+    queries, keys = attn.q_norm(q), attn.k_norm(k)
+    out = attend(queries, keys, v, bias, attn.scale)
     out = attn.norm(out.transpose(1, 2).flatten(2))
+    signals = Signals(
+        keys=k, queries=q, values=v, normed=h,
+        class_attention=partial(class_attention, queries, keys, bias, attn.scale),
+    )  # fmt: skip
     x, h = x[:, :n_out], h[:, :n_out]
     if attn.gate is not None:
         out = out * attn.gate(h).sigmoid()
-    return x + block.ls1(attn.proj(out)), Signals(keys=k)
+    return x + block.ls1(attn.proj(out)), signals
 
 
 def _project(attn: Any, h: Tensor, n_out: int | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -240,7 +246,7 @@ def _head(model: Any, x: Tensor, size: Tensor | None) -> Tensor:
 VIT = Family(
     name="vit",
     modules=("vision_transformer", "deit"),
-    signals=("keys",),
+    signals=("keys", "queries", "values", "normed", "class_attention"),
     accepts=_accepts,
     refusal=_refusal,
     prepare=_prepare,

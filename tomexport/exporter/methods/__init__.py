@@ -1,6 +1,28 @@
 """Reduction methods, one file each."""
 
-from tomexport.exporter.methods.bound import BOUND
-from tomexport.exporter.methods.tome import TOME
+from __future__ import annotations
 
-METHODS = (TOME, BOUND)
+from tomexport.errors import pick
+from tomexport.exporter.methods.bound import bound_of
+from tomexport.exporter.methods.evit import EVIT
+from tomexport.exporter.methods.method import Method
+from tomexport.exporter.methods.random import RANDOM
+from tomexport.exporter.methods.tome import TOME
+from tomexport.exporter.methods.topk import TOPK
+
+METHODS = (TOME, EVIT, TOPK, RANDOM)
+_BOUND = "bound"
+
+
+def method_of(text: str) -> Method:
+    """Return a method by its name and options: "evit", "evit:fuse=no", "tome:metric=q,combine=max".
+
+    "bound:…" is the free-merge bound of a method, "bound" alone that of ToMe.
+
+    Raises: UnknownNameError for a name, option or value that there is not.
+    """
+    name, _, rest = text.partition(":")
+    if name == _BOUND:
+        return bound_of(method_of(rest or TOME.name))
+    pairs = [pair.partition("=") for pair in rest.split(",") if pair]
+    return pick("method", METHODS, name).configured({key: value for key, _, value in pairs})

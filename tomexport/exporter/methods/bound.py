@@ -13,33 +13,16 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
-from torch import Tensor
-
-from tomexport.exporter.methods.method import Method
-from tomexport.exporter.methods.tome import TOME
+from tomexport.exporter.methods.method import Method, Reduced, View
 
 
-class _Slice:
-    """Keeps the first tokens."""
-
-    def __call__(
-        self, x: Tensor, size: Tensor, signal: Tensor, *, r: int, n_prefix: int, raster: bool
-    ) -> tuple[Tensor, Tensor, None]:
-        """Return the first N − r tokens, each of the same size; nothing is decided."""
-        del signal, n_prefix, raster
-        n = x.shape[1]
-        return x[:, : n - r], x.new_full((1, n - r, 1), n / (n - r)), None
-
-    def margin(self, signal: Tensor, *, r: int, n_prefix: int, raster: bool) -> Tensor:
-        """Return infinity: there is no decision that could be another."""
-        del r, n_prefix, raster
-        return signal.new_full((signal.shape[0],), torch.inf)
+def _slice(view: View) -> Reduced:
+    """Keep the first tokens, each of the same size; nothing is decided."""
+    x, left = view.x, view.step.tokens_out
+    size = x.new_full((1, left, 1), view.step.tokens_in / left)
+    return Reduced(x[:, :left], size, None, None)
 
 
 def bound_of(method: Method) -> Method:
     """Return the free-merge bound of a method: the same counts at the same places."""
-    return dataclasses.replace(method, name="bound", operator=_Slice())
-
-
-BOUND = bound_of(TOME)
+    return dataclasses.replace(method, name=f"bound:{method.name}", needs=(), reduce=_slice)

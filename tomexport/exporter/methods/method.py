@@ -1,49 +1,150 @@
-"""What a reduction method is: where its counts end, what it looks at, and its operator."""
+"""What a reduction method is: where it stands, how many it can remove, what it looks at, its rule.
+
+Every method says for each of N tokens which of M slots it goes to, and with what weight. Most do it
+by a `Choice`, which one shared operator carries out; where choosing and reducing are fused in one
+kernel, the method calls that operator itself.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from tomexport.errors import require_known
 from tomexport.exporter.families.family import Signals
-from tomexport.plan import Limit
+from tomexport.kernels.operators import REDUCE
+from tomexport.plan import Counting, Step
+
+Margin = Callable[[], Tensor]
 
 
-class Reduction(Protocol):
-    """What takes r tokens away; the operators of `kernels/` do."""
+class View(NamedTuple):
+    """What a method sees at a site.
 
-    def __call__(
-        self, x: Tensor, size: Tensor, signal: Tensor, *, r: int, n_prefix: int, raster: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return x (B, M, C), size (B, M, 1) and target (B, N); None if nothing was chosen.
+    Attributes:
+        x: (B, N, C), the tokens: between attention and MLP, or before the block.
+        before: (B, N, C), what the block was given.
+        size: (B, N, 1) or (1, N, 1), how many original tokens each stands for.
+        signals: what the block's attention saw; None before a block.
+        step: the counts.
+        n_prefix: tokens at the front that stay.
+        raster: whether slots must stand where their first tokens stood.
+        weights: the method's own, of this site; None for methods without.
+    """
 
-        With `raster`, what is left stands in the order of the tokens that came first to each slot.
-        """
-        ...
+    x: Tensor
+    before: Tensor
+    size: Tensor
+    signals: Signals | None
+    step: Step
+    n_prefix: int
+    raster: bool = False
+    weights: nn.Module | None = None
 
     @property
-    def margin(self) -> Callable[..., Tensor]:
-        """How far the nearest other decision is, (B,), from the signal alone."""
-        ...
+    def attended(self) -> Signals:
+        """The signals, of a method that stands after the attention."""
+        assert self.signals is not None
+        return self.signals
+
+
+class Reduced(NamedTuple):
+    """What a reduction leaves.
+
+    Attributes:
+        x: (B, M, C).
+        size: (B, M, 1) or (1, M, 1).
+        target: (B, N) slot of each token, −1 for none; None if nothing was chosen.
+        margin: () → (B,) how far the nearest other decision was, in units of the method's score;
+            None if all images are decided alike.
+        leads: (N,) or (B, N) bool, the tokens that give their slots a place; the first of a slot
+            does where none does, and None is none anywhere.
+    """
+
+    x: Tensor
+    size: Tensor
+    target: Tensor | None
+    margin: Margin | None
+    leads: Tensor | None = None
+
+
+class Choice(NamedTuple):
+    """Where tokens go: x_j = Σ weight·x / (Σ weight if mean else 1), size_j = Σ share·size.
+
+    Attributes:
+        target: (B, N) int64 slot of each token, −1 for none.
+        weight: (B, N) or (1, N) of each token in its slot.
+        mean: whether weights are relative.
+        margin, leads: as in `Reduced`.
+        share: (B, N) or (1, N), how much of a token's size its slot gets; None is all.
+    """
+
+    target: Tensor
+    weight: Tensor
+    mean: bool
+    margin: Margin | None
+    leads: Tensor | None = None
+    share: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to reduce tokens between attention and MLP.
+    """A way to reduce tokens.
 
     Attributes:
         name: as on the command line.
         needs: the signals it looks at.
-        limit: the most tokens it can remove at a site.
-        signal: what its operator gets of the signals, (B, G, N, D).
-        operator: the node that it becomes.
+        counting: how a schedule becomes counts, and where in a block tokens are removed.
+        reduce: carries it out at a site.
+        sizes: whether slots have sizes that attention and pooling weight by; methods that drop
+            tokens, or that were trained without, have none.
+        options: what can be chosen, and the values of each, the default first.
+        configure: (**chosen) → the method with other options than the defaults.
     """
 
     name: str
     needs: tuple[str, ...]
-    limit: Limit
-    signal: Callable[[Signals], Tensor]
-    operator: Reduction
+    counting: Counting
+    reduce: Callable[[View], Reduced]
+    sizes: bool = True
+    options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    configure: Callable[..., Method] | None = None
+
+    def configured(self, chosen: Mapping[str, str]) -> Method:
+        """Return the method with options; its name says those that are not the defaults.
+
+        Raises: UnknownNameError for an option or value that it does not have.
+        """
+        for option, value in chosen.items():
+            require_known(f"option of {self.name}", option, self.options)
+            require_known(f"{option} of {self.name}", value, self.options[option])
+        other = {k: v for k, v in sorted(chosen.items()) if v != self.options[k][0]}
+        if not other or self.configure is None:
+            return self
+        said = ",".join(f"{option}={value}" for option, value in other.items())
+        return dataclasses.replace(self.configure(**other), name=f"{self.name}:{said}")
+
+
+def by_choice(choose: Callable[[View], Choice]) -> Callable[[View], Reduced]:
+    """Return the reduction that carries out a choice with the shared operator.
+
+    `choose` is traced for export: it must be of operations that leave static shapes, and break
+    ties by index (see `selection.py`).
+    """
+
+    def reduce(view: View) -> Reduced:
+        choice = choose(view)
+        n_batch, n, _ = view.x.shape
+        mass = view.size if choice.share is None else view.size * choice.share[:, :, None]
+        weight = choice.weight.expand(n_batch, n)[:, :, None]
+        x, size = REDUCE(
+            view.x, mass.expand(n_batch, n, 1), choice.target, weight,
+            r=view.step.removed, mean=int(choice.mean), fixed=int(choice.margin is None),
+        )  # fmt: skip
+        return Reduced(x, size, choice.target, choice.margin, choice.leads)
+
+    return reduce
