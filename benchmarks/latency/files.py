@@ -107,6 +107,7 @@ def sources(*patterns: str) -> str:
     code = {file for folder in folders for pattern in patterns for file in folder.rglob(pattern)}
     code |= {package / "plan.py", package / "pipeline.py", package / "delivery.py"}
     code |= {here / "peers.py", here / "rewrites.py", here / "files.py"}
+    code |= {here.parent / "slides/recursive.py"}
     digest = hashlib.sha256()
     for file in sorted(code):
         digest.update(file.read_bytes())

@@ -46,6 +46,9 @@ class TorchWorker:
     def peak_memory(self) -> None:
         """Return nothing: all modules share one process."""
 
+    def call_memory(self) -> None:
+        """Return nothing, for the same reason."""
+
     def _run(self) -> torch.Tensor:
         with torch.inference_mode():
             result: torch.Tensor = self._model(self._images)

@@ -82,14 +82,15 @@ def measure(
                 spare = rounds * len(workers) * TURN_S
                 spare = spare if seconds is None else seconds / group.launches
                 launches.append(take_turns(workers, rounds, spare, progress))
-                peaks = [each.peak_memory() for each in workers]
+                held = [(each.peak_memory(), each.call_memory()) for each in workers]
     except _LeftOutError as err:
         return record | {"left_out": str(err)}
     shared = min(len(samples[0]) for samples in launches)  # all launches count alike
     timed = {
         variant: {
             "us": [_microseconds(samples[i][:shared]) for samples in launches],
-            "peak_mib": None if peaks[i] is None else peaks[i] // 2**20,
+            "peak_mib": _mebibytes(held[i][0]),
+            "call_mib": _mebibytes(held[i][1]),
             "difference": _difference(variant, loaded.outputs),
         }
         for i, variant in enumerate(loaded.workers)
@@ -113,6 +114,10 @@ def measure(
 def _microseconds(samples: Samples) -> list[int]:
     """Return the median of each round."""
     return [round(float(ms) * 1000) for ms in medians(samples)]
+
+
+def _mebibytes(n_bytes: int | None) -> float | None:
+    return None if n_bytes is None else round(n_bytes / 2**20, 1)
 
 
 @dataclass

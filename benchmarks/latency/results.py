@@ -16,10 +16,11 @@ from tomexport.runtime.load import BACKENDS
 from tomexport.runtime.machine import machine
 
 ABOUT = (
-    "Written by `python -m benchmarks.latency`. 'us' of a variant is the median of its calls in "
+    "Written by a command in benchmarks/. 'us' of a variant is the median of its calls in "
     "each round, in microseconds, a list for each launch of the processes: figures of a group at "
     "the same place belong to the same round. 'difference' is max |Δ| of the outputs to those of "
-    "the variant that must compute the same, relative where they exceed 1."
+    "the variant that must compute the same, relative where they exceed 1. 'peak_mib' is the most "
+    "memory that the process held, 'call_mib' the most that its calls held beyond what was loaded."
 )
 Record = dict[str, Any]
 

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from benchmarks.latency.cases import (
     BOUND,
@@ -24,22 +19,18 @@ from benchmarks.latency.cases import (
     TIMM,
 )
 from benchmarks.latency.results import Results
-from tomexport.runtime.profile import percent, times
-from tomexport.runtime.timing import Interval
+from benchmarks.pages import README, ROOT, Measured, between, machine, measured, table, wrapped
 
-ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "benchmarks/results/latency.json"
-README, RESULTS = ROOT / "README.md", ROOT / "benchmarks/RESULTS.md"
+RESULTS = ROOT / "benchmarks/RESULTS.md"
 _TWINS = {
     PORTABLE: "standard operators against fused",
     NAIVE: "naive scatter against ours",
     TIMM: "timm's export against none",
 }
 MARKS = "<!-- latency:begin -->", "<!-- latency:end -->"
-_ENGINES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "torch": "PyTorch, eager"}
 Record = dict[str, Any]
 Rows = Iterator[Sequence[str]]
-Figure = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]
 
 
 def write(results: Results) -> None:
@@ -50,87 +41,13 @@ def write(results: Results) -> None:
 
 def with_tables(readme: str, results: Results) -> str:
     """Return the README with the tables of these results between its marks."""
-    begin, end = MARKS
-    before, found, rest = readme.partition(begin)
-    _, closed, after = rest.partition(end)
-    if not (found and closed):
-        raise SystemExit(f"README.md has lost its marks {begin} and {end}")
-    return f"{before}{begin}\n{short(results)}{end}{after}"
-
-
-# ---- figures
-
-
-class _Group:
-    """A group's samples, by form and schedule."""
-
-    def __init__(self, record: Record) -> None:
-        self.record = record
-        self._of = {(v["form"], v["schedule"]): v for v in record["variants"]}
-
-    def __contains__(self, variant: tuple[str, str]) -> bool:
-        return variant in self._of
-
-    def get(self, variant: tuple[str, str], what: str) -> Any:
-        return self._of.get(variant, {}).get(what)
-
-    def median(self, variant: tuple[str, str]) -> str:
-        """Return milliseconds."""
-        samples = self.get(variant, "us")
-        return f"{np.median(samples) / 1000:.2f}" if samples else "–"
-
-    def speedup(self, variant: tuple[str, str], over: tuple[str, str] = (NONE, "none")) -> str:
-        return self._cell(variant, over, lambda own, other: other / own, times)
-
-    def overhead(self, variant: tuple[str, str], over: tuple[str, str]) -> str:
-        return self._cell(variant, over, lambda own, other: own / other - 1, percent)
-
-    def difference(self, variant: tuple[str, str]) -> str:
-        value = self.get(variant, "difference")
-        return "–" if value is None else f"{value:.1e}"
-
-    def _cell(
-        self, own: tuple[str, str], other: tuple[str, str], figure: Figure,
-        words: Callable[[Interval], str],
-    ) -> str:  # fmt: skip
-        """Write the median of per-round ratios and its interval; "–" where it could not run."""
-        samples = [self.get(each, "us") for each in (own, other)]
-        if None in samples:
-            return "–"
-        return words(Interval.of(figure(*(np.array(each, np.float64) for each in samples))))
-
-    @property
-    def rounds(self) -> str:
-        launches = self.record["launches"]
-        return f"{launches} × {self.record['rounds'] // launches}"
-
-    @property
-    def runtime(self) -> str:
-        record = self.record
-        own = ", its own choice" if record["runtime"].endswith("-default") else ""
-        device = "" if record["device"] == "CPU" else f" {record['device']}"
-        return f"{_ENGINES[record['engine']]}{device} {record['precision']}{own}"
-
-
-def _groups(results: Results, part: str, **fields: Any) -> list[_Group]:
-    return [
-        _Group(record)
-        for record in results.groups
-        if record["part"] == part
-        and "left_out" not in record
-        and all(record[name] == value for name, value in fields.items())
-    ]
+    return between(readme, MARKS, short(results))
 
 
 # ---- tables
 
 
-def _table(head: Sequence[str], rows: Rows) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-Cell = Callable[[_Group, str], str]
+Cell = Callable[[Measured, str], str]
 # what is said of a schedule: speed-ups over none, overheads over the bound
 _COLUMNS: dict[str, Cell] = {
     "rounds": lambda group, schedule: group.rounds,
@@ -150,7 +67,7 @@ _SHORT = ("rounds", "fused", "standard operators", "naive scatter", "if merging 
           "overhead, fused")  # fmt: skip
 
 
-def _by_schedule(groups: Sequence[_Group], columns: Sequence[str] = _ALL) -> str:
+def _by_schedule(groups: Sequence[Measured], columns: Sequence[str] = _ALL) -> str:
     """Return a table of one model and batch, all schedules in all runtimes."""
     rows = (
         [f"`{schedule}`", group.runtime, *(_COLUMNS[name](group, schedule) for name in columns)]
@@ -158,10 +75,10 @@ def _by_schedule(groups: Sequence[_Group], columns: Sequence[str] = _ALL) -> str
         for group in groups
         if schedule in group.record["schedules"]
     )
-    return _table(("schedule", "runtime", *columns), rows)
+    return table(("schedule", "runtime", *columns), rows)
 
 
-def _by_model(groups: Sequence[_Group], schedule: str, columns: Sequence[str]) -> str:
+def _by_model(groups: Sequence[Measured], schedule: str, columns: Sequence[str]) -> str:
     """Return a table of one schedule, all models and batches in all runtimes."""
     rows = (
         [f"`{group.record['model']}`", f"{group.record['batch']}", group.runtime,
@@ -169,15 +86,15 @@ def _by_model(groups: Sequence[_Group], schedule: str, columns: Sequence[str]) -
         for group in groups
         if schedule in group.record["schedules"]
     )  # fmt: skip
-    return _table(("model", "batch", "runtime", *columns), rows)
+    return table(("model", "batch", "runtime", *columns), rows)
 
 
-def _in_order(groups: Sequence[_Group]) -> list[str]:
+def _in_order(groups: Sequence[Measured]) -> list[str]:
     found = dict.fromkeys(s for group in groups for s in group.record["schedules"])
     return sorted(found, key=lambda s: (SCHEDULES.index(s) if s in SCHEDULES else 99, s))
 
 
-def _rewrites(groups: Sequence[_Group]) -> str:
+def _rewrites(groups: Sequence[Measured]) -> str:
     """Return a row for each rewrite: how much longer the graph takes without it."""
     rows: list[list[str]] = []
 
@@ -199,7 +116,7 @@ def _rewrites(groups: Sequence[_Group]) -> str:
         *(f"time without it, {group.runtime}, {group.rounds}" for group in groups),
         "max |Δ|",
     ]
-    return _table(head, iter(rows))
+    return table(head, iter(rows))
 
 
 # ---- pages
@@ -219,20 +136,16 @@ alike. Weights are seeded, not trained.
 
 
 def _method(results: Results) -> str:
-    groups = _groups(results, "schedules", device="CPU") + _groups(results, "rewrites")
+    groups = measured(results, "schedules", device="CPU") + measured(results, "rewrites")
     threads = "/".join(sorted({f"{group.record['threads']}" for group in groups}))
-    return _wrapped(_METHOD.format(threads=threads, cpu=results.machine["cpu"]))
-
-
-def _wrapped(text: str, width: int = 100) -> str:
-    return "\n".join(textwrap.wrap(" ".join(text.split()), width)) + "\n"
+    return wrapped(_METHOD.format(threads=threads, cpu=results.machine["cpu"]))
 
 
 def short(results: Results) -> str:
     """Return the README's part: one model with all schedules, one schedule with all models."""
     model = MODELS[0].name
     link = f"[benchmarks/results/{SOURCE.name}](benchmarks/results/{SOURCE.name})"
-    groups = _groups(results, "schedules", device="CPU")
+    groups = measured(results, "schedules", device="CPU")
     first = [g for g in groups if (g.record["model"], g.record["batch"]) == (model, 1)]
     parts = [
         _method(results),
@@ -260,14 +173,14 @@ def page(results: Results, source: str) -> str:
     ]
     for record in _first_of_each(results, "schedules", "CPU"):
         where = {"model": record["model"], "batch": record["batch"]}
-        groups = _groups(results, "schedules", device="CPU", **where)
+        groups = measured(results, "schedules", device="CPU", **where)
         heading = f"## `{record['model']}`, batch {record['batch']}\n"
         parts += [heading, _by_schedule(groups), cited]
-    if groups := _groups(results, "rewrites"):
+    if groups := measured(results, "rewrites"):
         model = groups[0].record["model"]
         parts += [f"## Exact rewrites of the graph: `{model}`, batch 1, unmerged\n"]
         parts += [_REWRITES_TEXT, _rewrites(groups), cited]
-    parts += ["## GPU\n", *_gpu(results, cited), "## Machine and versions\n", _machine(results)]
+    parts += ["## GPU\n", *_gpu(results, cited), "## Machine and versions\n", machine(results)]
     return "\n".join(parts)
 
 
@@ -280,7 +193,7 @@ and the largest difference that it makes to the output, relative where outputs e
 def _first_of_each(results: Results, part: str, device: str) -> list[Record]:
     """Return one record for each model and batch."""
     found: dict[tuple[str, int], Record] = {}
-    for group in _groups(results, part, device=device):
+    for group in measured(results, part, device=device):
         found.setdefault((group.record["model"], group.record["batch"]), group.record)
     return list(found.values())
 
@@ -288,7 +201,7 @@ def _first_of_each(results: Results, part: str, device: str) -> list[Record]:
 def _worst(results: Results) -> list[str]:
     """Say how far the outputs of the variants are apart in ONNX Runtime, and what did not run."""
     lines = []
-    groups = _groups(results, "schedules", runtime="onnxruntime")
+    groups = measured(results, "schedules", runtime="onnxruntime")
     for form, words in _TWINS.items():
         found = [
             (variant["difference"], group.record)
@@ -307,7 +220,7 @@ def _worst(results: Results) -> list[str]:
     refused = {
         (group.runtime, variant["form"], variant["refused"])
         for part in ("schedules", "rewrites")
-        for group in _groups(results, part)
+        for group in measured(results, part)
         for variant in group.record["variants"]
         if "refused" in variant
     }
@@ -322,15 +235,8 @@ def _gpu(results: Results, cited: str) -> Iterator[str]:
     for record in found:
         where = {"model": record["model"], "batch": record["batch"]}
         yield f"`{record['model']}`, batch {record['batch']}:\n"
-        yield _by_schedule(_groups(results, "schedules", device="CUDA", **where))
+        yield _by_schedule(measured(results, "schedules", device="CUDA", **where))
         yield cited
     if not found:
         asked = any(record["runtime"] == "gpu" for record in results.groups)
         yield "no GPU here\n" if asked else "not measured\n"
-
-
-def _machine(results: Results) -> str:
-    known = {name: value for name, value in results.machine.items() if value is not None}
-    known |= results.versions
-    words = {k: ", ".join(map(str, v)) if isinstance(v, list) else f"{v}" for k, v in known.items()}
-    return _table(("what", "which"), iter([[name, value] for name, value in words.items()]))

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from benchmarks import pages
 from benchmarks.latency import __main__ as latency
 from benchmarks.latency import cases, files, tables
 from benchmarks.latency.cases import BOUND, FUSED, GPU, NAIVE, NONE, PORTABLE, SLICE, TIMM, Variant
@@ -122,7 +123,7 @@ def test_the_tables_have_a_row_for_everything(results):
 def test_speedup_and_overhead_are_of_the_right_way_round():
     samples = {(NONE, "none"): 300, (FUSED, "s"): 200, (BOUND, "s"): 160}
     variants = [{"form": f, "schedule": s, "us": [[us] * 3] * 2} for (f, s), us in samples.items()]
-    group = tables._Group({"variants": variants})
+    group = pages.Measured({"variants": variants})
     assert group.speedup((FUSED, "s")).startswith("1.50×")
     assert group.overhead((FUSED, "s"), (BOUND, "s")).startswith("25.0%")
     assert group.speedup((PORTABLE, "s")) == "–"

@@ -197,3 +197,24 @@ def test_folded_weights_compute_the_same_and_leave_the_model_alone(seeded, natur
     assert folded.net.blocks[0].attn.scale == 1
     assert isinstance(folded.net.blocks[0].ls1, nn.Identity)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("what", ["blocks", "MLPs"])
+def test_what_blocks_share_is_folded_once(seeded, natural_images, what):
+    model = copy.deepcopy(seeded("test_vit", depth=4, init_values=1.0))  # LayerScale
+    first, second, third, _ = model.blocks
+    if what == "blocks":
+        model.blocks = nn.Sequential(first, second, first, second)
+    else:  # one MLP, whose result each block scales in its own way
+        third.mlp = first.mlp
+    image = torch.from_numpy(natural_images(160)[:1])
+    reduced = tomexport.reduce(model, "const:8")
+    folded = reduced.folded()
+    with torch.no_grad():
+        assert torch.allclose(tomexport.reduce(model, "none")(image), model(image), atol=1e-5)
+        expected = reduced(image)
+        assert (folded(image) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    count = [sum(p.numel() for p in each.net.parameters()) for each in (reduced, folded)]
+    gammas = sum(p.numel() for n, p in reduced.net.named_parameters() if n.endswith("gamma"))
+    shared = 2 * model.embed_dim if what == "MLPs" else 0
+    assert count[1] == count[0] - gammas + shared

@@ -143,6 +143,13 @@ def test_a_worker_stands_still_until_it_is_asked_and_is_gone_afterwards(job):
     assert _state(pid) is None
 
 
+@linux
+def test_memory_of_calls_is_what_they_hold_beyond_loading(job):
+    with worker(job) as timed:
+        timed.time(0)
+        assert 0 < timed.call_memory() < timed.peak_memory() // 4  # the libraries are the most
+
+
 def test_a_worker_tells_what_it_computes(job):
     expected = tomexport.load(job.path, "onnxruntime", threads=1, kernels="off")
     with worker(job) as timed:

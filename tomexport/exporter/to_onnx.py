@@ -23,6 +23,7 @@ from tomexport.kernels.operators import OPERATORS
 
 INPUT_NAME = "image"
 _ANY_SIZE = 2**40
+_FOLDED_APART = 2**16  # elements; PyTorch folds weights below that once for each use
 _GELU_OPSET = 20  # the first with an operator for it
 _ROOT_2, _ROOT_2_OVER_PI = math.sqrt(2), math.sqrt(2 / math.pi)
 _IR_VERSION = 10  # the first with overloads, which give each site a body of its own
@@ -51,7 +52,7 @@ def to_onnx(
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph_model)
         graph_model.opset_imports.pop(DOMAIN, None)
     passes.RemoveUnusedNodesPass()(graph_model)
-    passes.DeduplicateInitializersPass()(graph_model)
+    passes.DeduplicateInitializersPass(_FOLDED_APART)(graph_model)
     passes.ShapeInferencePass()(graph_model)
     graph_model.ir_version = _IR_VERSION
     graph_model.producer_name = DOMAIN

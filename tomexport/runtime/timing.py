@@ -132,6 +132,14 @@ class Worker:
         peak: int | None = self._ask("peak_memory", None)
         return peak
 
+    def call_memory(self) -> int | None:
+        """Return the most memory that calls have held beyond what was held before the first.
+
+        In bytes: the network's intermediate results, and what the runtime keeps for them.
+        """
+        held: int | None = self._ask("call_memory", None)
+        return held
+
     def _ask(self, what: str, value: Any) -> Any:
         """Resume the process, have it answer one request, and stop it again."""
         self._send("SIGCONT")
@@ -242,6 +250,7 @@ class _Bench:
         assert height
         assert width
         self.images = golden_images((channels, height, width), job.batch)
+        self.loading_peak, self.loaded = _peak_memory(), _restart_peak()
         return {"precision": self.session.precision, "kernels": self.session.kernels}
 
     def time(self, seconds: float) -> list[float]:
@@ -269,7 +278,12 @@ class _Bench:
         return [asdict(entry) for entry in self.session.operators()]
 
     def peak_memory(self, _: None) -> int | None:
-        return _peak_memory()
+        peak = _peak_memory()
+        return peak and max(peak, self.loading_peak or 0)
+
+    def call_memory(self, _: None) -> int | None:
+        peak = _peak_memory()
+        return None if peak is None or self.loaded is None else max(0, peak - self.loaded)
 
     def _run(self) -> list[Array]:
         start = time.perf_counter()
@@ -292,3 +306,13 @@ def _peak_memory() -> int | None:
     status = Path("/proc/self/status")
     mark = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
     return int(mark[1]) * 1024 if mark else None
+
+
+def _restart_peak() -> int | None:
+    """Let the high-water mark start again from what is held now, and return that; Linux only."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what loading has freed would hide what calls take
+        Path("/proc/self/clear_refs").write_text("5")
+    except (AttributeError, OSError):  # another C library, or another system
+        return None
+    return _peak_memory()

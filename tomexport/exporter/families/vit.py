@@ -9,13 +9,16 @@ Modifications to timm's forward, all of them exact while nothing has merged:
 - attention adds log(size) to the scores of each key (proportional attention);
 - average pooling is weighted by size, attention pooling adds log(size) to its scores;
 - where only the class token is read, the last block computes no other.
+
+A block may be called more than once (recursive models): then its weights are stored once.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -88,8 +91,22 @@ def _prepare(model: Any) -> None:
         model.attn_pool.fused_attn = False  # the fused form does not export with a size bias
 
 
+class _Call(NamedTuple):
+    """A call of a block.
+
+    Attributes:
+        block: what is called.
+        alone: whether it is the only call that computes with these queries, keys and values.
+    """
+
+    block: Any
+    alone: bool
+
+
 def _fold(model: Any) -> None:
-    for block in model.blocks:
+    blocks = list(dict.fromkeys(model.blocks))
+    owners = Counter(layer for block in blocks for layer in block.modules())
+    for block in blocks:
         attn = block.attn
         if isinstance(attn.q_norm, nn.Identity):
             rows = torch.ones(attn.qkv.out_features)
@@ -98,8 +115,9 @@ def _fold(model: Any) -> None:
             attn.scale = 1.0
         for layer_scale, owner, last in (("ls1", attn, "proj"), ("ls2", block.mlp, "fc2")):
             gamma = getattr(getattr(block, layer_scale), "gamma", None)
-            if gamma is not None and isinstance(getattr(owner, last, None), nn.Linear):
-                scale_rows(getattr(owner, last), gamma)
+            layer = getattr(owner, last, None)
+            if gamma is not None and isinstance(layer, nn.Linear) and owners[layer] == 1:
+                scale_rows(layer, gamma)
                 setattr(block, layer_scale, nn.Identity())
 
 
@@ -119,12 +137,12 @@ def _cost(model: Any, name: str) -> ModelCost:
                 before=linear_macs(block.attn),
                 pair=2 * block.attn.attn_dim,
                 after=linear_macs(block.mlp),
-                query=linear_macs(block.attn) - 2 * linear_macs(block.attn.qkv) // 3,
+                query=_query_macs(block.attn, alone),
                 norm_before=norm_elements(block.norm1) + _norms_of_attention(block.attn),
                 norm_after=norm_elements(block.norm2) + norm_elements(block.mlp),
             ),
         )
-        for index, block in enumerate(model.blocks)
+        for index, (block, alone) in enumerate(_calls(model))
     )
     fixed = n_patches * model.patch_embed.proj.weight.numel()
     fixed += linear_macs(model.head) + linear_macs(getattr(model, "head_dist", None))
@@ -146,6 +164,11 @@ def _cost(model: Any, name: str) -> ModelCost:
         norm_fixed=norm_fixed,
         norm_left=norm_elements(model.norm),
     )
+
+
+def _query_macs(attn: Any, alone: bool) -> int:
+    qkv = linear_macs(attn.qkv)
+    return linear_macs(attn) - (2 * qkv // 3 if alone else qkv)
 
 
 def _norms_of_attention(attn: Any) -> int:
@@ -182,15 +205,19 @@ def _embed(model: Any, image: Tensor) -> Tensor:
     return cast(Tensor, model.norm_pre(x))
 
 
-def _calls(model: Any, steps: Sequence[Step]) -> Sequence[nn.Module]:
+def _calls(model: Any, steps: Sequence[Step] = ()) -> Sequence[_Call]:
     del steps
-    return tuple(model.blocks)
+    uses = Counter(block.attn.qkv for block in model.blocks)
+    return tuple(_Call(block, uses[block.attn.qkv] == 1) for block in model.blocks)
 
 
-def _attention(block: Any, tokens: Tokens, n_out: int | None) -> tuple[Tensor, Signals]:
-    attn, x, size = block.attn, tokens.x, tokens.size
+def _attention(call: _Call, tokens: Tokens, n_out: int | None) -> tuple[Tensor, Signals]:
+    block, attn, x, size = call.block, call.block.attn, tokens.x, tokens.size
     h = block.norm1(x)
-    q, k, v = _project(attn, h, n_out)  # (B, H, N, D), but q (B, H, n_out, D)
+    # weights that other calls use are used whole: a file would hold their parts once more
+    q, k, v = _project(attn, h, n_out if call.alone else None)  # (B, H, N, D)
+    if n_out is not None and not call.alone:
+        q = q[:, :, :n_out]
     bias = None if size is None else size.log().reshape(-1, 1, 1, x.shape[1])
     queries, keys = attn.q_norm(q), attn.k_norm(k)
     out = attend(queries, keys, v, bias, attn.scale)
@@ -224,7 +251,8 @@ def _heads(x: Tensor, attn: Any) -> Tensor:
     return x.reshape(n_batch, n, width // attn.head_dim, attn.head_dim).transpose(1, 2)
 
 
-def _mlp(block: Any, x: Tensor) -> Tensor:
+def _mlp(call: _Call, x: Tensor) -> Tensor:
+    block = call.block
     return cast(Tensor, x + block.ls2(block.mlp(block.norm2(x))))
 
 
