@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tomexport.errors import PlanError, RewriteError
 from tomexport.exporter.families import family_of
 from tomexport.exporter.families.family import Family, Signals, Tokens
+from tomexport.exporter.gather import rows
 from tomexport.exporter.methods.method import Method, Reduced, View
 from tomexport.plan import BEFORE, BETWEEN, Plan, Step
 
@@ -189,16 +190,7 @@ def _restored(x: Tensor, targets: list[Tensor | None], n: int) -> Tensor:
     place = maps[0]  # (B, N)
     for target in maps[1:]:
         place = target.gather(1, place)
-    if not torch.onnx.is_in_onnx_export():
-        return x.gather(1, place[:, :, None].expand(-1, -1, x.shape[2]))
-    restored: Tensor = torch.onnx.ops.symbolic(  # torch has no name for a gather of whole rows
-        "GatherND",
-        (x, place[:, :, None]),
-        {"batch_dims": 1},
-        dtype=x.dtype,
-        shape=(x.shape[0], n, x.shape[2]),
-    )
-    return restored
+    return rows(x, place)
 
 
 def private_copy(model: nn.Module) -> Any:

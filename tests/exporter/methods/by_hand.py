@@ -5,6 +5,7 @@ Shares no code with the package: attention is written out, head by head.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,3 +88,19 @@ def _attend(block: Any, seen: Block, biased: bool) -> None:
         outs.append(weights @ v)
     seen.attention = torch.stack(maps)
     seen.x = x + block.ls1(attn.proj(attn.norm(torch.cat(outs, 1))))
+
+
+def squeezed(x: Tensor, scores: list[float], n: int) -> Tensor:
+    """Keep the n patches of the highest scores; each other joins the one most like it (TPS)."""
+    ranked = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+    patches = x[1:]
+    rows = [[(math.e, patches[i])] for i in ranked[:n]]
+    for i in ranked[n:]:
+        alike = [_cosine(patches[i], patches[j]) for j in ranked[:n]]
+        rows[alike.index(max(alike))].append((math.exp(max(alike)), patches[i]))
+    means = [sum(w * row for w, row in each) / sum(w for w, _ in each) for each in rows]
+    return torch.stack([x[0], *means])
+
+
+def _cosine(a: Tensor, b: Tensor) -> float:
+    return float(a @ b / ((a.norm() + 1e-6) * (b.norm() + 1e-6)))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from tomexport.errors import pick
 from tomexport.exporter.methods.bound import bound_of
+from tomexport.exporter.methods.etps import ETPS
 from tomexport.exporter.methods.evit import EVIT
 from tomexport.exporter.methods.method import Method
 from tomexport.exporter.methods.random import RANDOM
 from tomexport.exporter.methods.tome import TOME
 from tomexport.exporter.methods.topk import TOPK
 
-METHODS = (TOME, EVIT, TOPK, RANDOM)
+METHODS = (TOME, EVIT, ETPS, TOPK, RANDOM)
 _BOUND = "bound"
 
 

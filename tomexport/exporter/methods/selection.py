@@ -5,14 +5,17 @@ All of it is traced for export: static shapes, no sorting, ties to the lower ind
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from tomexport.exporter.gather import rows
 from tomexport.exporter.methods.method import Choice, View
 
 _NOWHERE = -1
+_EPSILON = 1e-6
 
 
 def class_score(view: View) -> Tensor:
@@ -43,6 +46,53 @@ def keep_best(view: View, score: Tensor, *, fuse: bool = False) -> Choice:
         mean=False,
         margin=partial(order_gap, score, n_kept),
     )
+
+
+def squeeze_best(view: View, score: Tensor) -> Choice:
+    """Keep the prefix and the tokens of the highest scores; each other joins the kept most like it.
+
+    Alike is by the cosine of the tokens. One that joins weighs e to the cosine, and the kept one e,
+    the weight of its like.
+
+    Source: Wei et al., "Joint Token Pruning and Squeezing Towards More Aggressive Compression of
+    Vision Transformers", CVPR 2023 (github.com/megvii-research/TPS-CVPR2023).
+
+    Args:
+        view: the site; its counts say how many are kept.
+        score: (B, N − P).
+    """
+    n_prefix, n_batch = view.n_prefix, score.shape[0]
+    n_kept = view.step.tokens_out - n_prefix
+    rank = ranks(score)
+    x = view.x[:, n_prefix:]
+    ordered = rows(x / (x.norm(dim=2, keepdim=True) + _EPSILON), inverse(rank))
+    alike = ordered[:, n_kept:] @ ordered[:, :n_kept].mT  # (B, those that go, kept)
+    stay = torch.arange(view.step.tokens_out).expand(n_batch, -1)
+    slot = torch.cat([stay, n_prefix + alike.argmax(dim=2)], dim=1)
+    weight = torch.cat([score.new_full((n_batch, n_prefix + n_kept), math.e),
+                        alike.amax(dim=2).exp()], dim=1)  # fmt: skip
+    place = torch.cat([stay[:, :n_prefix], n_prefix + rank], dim=1)  # in that order
+    return Choice(
+        target=slot.gather(1, place),
+        weight=weight.gather(1, place),
+        mean=True,
+        margin=lambda: torch.minimum(order_gap(score, n_kept), _host_gap(alike)),
+    )
+
+
+def inverse(permutation: Tensor) -> Tensor:
+    """Return where each of 0 … N − 1 stands in a permutation, (B, N) int64."""
+    numbers = torch.arange(permutation.shape[1])
+    here = permutation[:, None, :] == numbers[:, None]
+    return torch.where(here, numbers, 0).sum(dim=2)
+
+
+def _host_gap(alike: Tensor) -> Tensor:
+    """Return by how much the nearest other host was less alike, (B,)."""
+    if alike.shape[2] < 2:
+        return alike.new_full((alike.shape[0],), torch.inf)
+    best = alike.topk(2, dim=2).values
+    return (best[:, :, 0] - best[:, :, 1]).amin(dim=1)
 
 
 def ranks(score: Tensor) -> Tensor:

@@ -1,0 +1,20 @@
+"""Gathering whole tokens, in the form that each use of it wants."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rows(x: Tensor, index: Tensor) -> Tensor:
+    """Take the rows of x (B, N, C) that index (B, M) names, (B, M, C)."""
+    if not torch.onnx.is_in_onnx_export():
+        return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
+    taken: Tensor = torch.onnx.ops.symbolic(  # torch has no name for a gather of whole rows
+        "GatherND",
+        (x, index[:, :, None]),
+        {"batch_dims": 1},
+        dtype=x.dtype,
+        shape=(x.shape[0], index.shape[1], x.shape[2]),
+    )
+    return taken
