@@ -88,7 +88,9 @@ _schedule = click.option(
 )
 _METHOD_OPTIONS = ("fuse",)
 _method = _options(
-    click.option("--method", default="tome", show_default=True, help="How tokens are chosen."),
+    click.option("--method", metavar="NAME", help=(
+        "How tokens are chosen.  [default: the method whose weights MODEL has, or tome]"
+    )),
     click.option("--no-fuse", "fuse", flag_value="no", default=None,
                  help="Drop what EViT would fuse into one token."),
 )  # fmt: skip
@@ -115,7 +117,8 @@ def _with_options(options: dict[str, Any]) -> dict[str, Any]:
     """Put the options of a method into its name: method "evit" and fuse "no" → "evit:fuse=no"."""
     chosen = {name: options.pop(name) for name in _METHOD_OPTIONS}
     said = ",".join(f"{name}={value}" for name, value in chosen.items() if value is not None)
-    return options | {"method": f"{options['method']}:{said}" if said else options["method"]}
+    method = options["method"]
+    return options | {"method": f"{method or ''}:{said}" if said else method}
 
 
 @click.group(cls=_ExportByDefault, context_settings={"help_option_names": ["-h", "--help"]})
@@ -131,8 +134,8 @@ def cli() -> None:
     tomexport kernels build|list|clean      the fused kernels of this machine
     tomexport doctor                        what this machine has
 
-    MODEL is a checkpoint (.pth .pt .bin .safetensors) or a name, timm's or of SReT (sret_t). Exit
-    codes: 0 done, 1 a check failed, 2 anything else that stops it, 130 interrupted.
+    MODEL is a checkpoint (.pth .pt .bin .safetensors .pth.tar) or a name, timm's or of SReT
+    (sret_t). Exit codes: 0 done, 1 a check failed, 2 anything else that stops it, 130 interrupted.
     """  # noqa: D301  \b is click's mark for lines that stay as they are
 
 

@@ -26,6 +26,7 @@ from tomexport.errors import (
     BackendError,
     BuildError,
     ExportError,
+    RewriteError,
     UnknownNameError,
     VerifyError,
     did_you_mean,
@@ -40,10 +41,12 @@ from tomexport.runtime.verify import verify as verify_file
 if TYPE_CHECKING:
     from torch import nn
 
+    from tomexport.exporter.methods.method import Method
     from tomexport.exporter.rewrite import ReducedModel
     from tomexport.exporter.source import Source
 
 Progress = Callable[[str], None]
+DEFAULT_METHOD = "tome"
 MIN_OPSET, MAX_OPSET, DEFAULT_OPSET = 18, 23, 18
 
 
@@ -101,7 +104,7 @@ def plan(
     model: str | Path | nn.Module,
     schedule: str,
     *,
-    method: str = "tome",
+    method: str | None = None,
     arch: str | None = None,
     img_size: tuple[int, int] | None = None,
 ) -> Plan:
@@ -112,7 +115,7 @@ def plan(
     """
     wanted = Schedule.parse(schedule)  # before torch is loaded
     found = _find(model, arch=arch, img_size=img_size, with_weights=False)
-    return _plan(found, wanted, method)
+    return _plan(found, wanted, _method(found, method))
 
 
 def _find(model: str | Path | nn.Module, **options: Any) -> Source:
@@ -122,20 +125,32 @@ def _find(model: str | Path | nn.Module, **options: Any) -> Source:
     return find(model, **options)
 
 
-def _plan(found: Source, schedule: Schedule, method: str) -> Plan:
-    from tomexport.exporter.families import family_of
+def _method(found: Source, text: str | None) -> Method:
+    """Return the method that is asked for; without a name, the one whose weights the file has."""
     from tomexport.exporter.methods import method_of
 
-    chosen = method_of(method)
+    name, colon, options = (text or "").partition(":")
+    if not name and len(found.methods) > 1:
+        raise RewriteError(
+            f"{found.weights} holds weights that {' and '.join(found.methods)} have alike, so it "
+            "does not say which of them it was trained with. Name it with --method."
+        )
+    known = found.methods[0] if found.methods else DEFAULT_METHOD
+    return method_of(f"{name or known}{colon}{options}")
+
+
+def _plan(found: Source, schedule: Schedule, method: Method) -> Plan:
+    from tomexport.exporter.families import family_of
+
     cost = family_of(found.model).cost(found.model, found.name)
-    return Plan.make(cost, schedule, chosen.name, chosen.counting)
+    return Plan.make(cost, schedule, method.name, method.counting)
 
 
 def reduce(
     model: str | Path | nn.Module,
     schedule: str,
     *,
-    method: str = "tome",
+    method: str | None = None,
     prop_attn: bool = True,
     arch: str | None = None,
     img_size: tuple[int, int] | None = None,
@@ -158,12 +173,14 @@ def reduce(
     return _reduce(found, wanted, method, prop_attn)
 
 
-def _reduce(found: Source, schedule: Schedule, method: str, prop_attn: bool) -> ReducedModel:
-    from tomexport.exporter.methods import method_of
+def _reduce(found: Source, schedule: Schedule, method: str | None, prop_attn: bool) -> ReducedModel:
+    from tomexport.exporter.own_weights import own_weights
     from tomexport.exporter.rewrite import ReducedModel
 
-    plan = _plan(found, schedule, method)
-    return ReducedModel(found.model, plan, method_of(method), prop_attn=prop_attn)
+    chosen = _method(found, method)
+    plan = _plan(found, schedule, chosen)
+    own = own_weights(chosen, plan, found)
+    return ReducedModel(found.model, plan, chosen, prop_attn=prop_attn, own=own)
 
 
 def export(
@@ -171,7 +188,7 @@ def export(
     schedule: str,
     output: str | Path,
     *,
-    method: str = "tome",
+    method: str | None = None,
     arch: str | None = None,
     batch: int | None = 1,
     img_size: tuple[int, int] | None = None,
@@ -198,7 +215,7 @@ def export(
         model: checkpoint file, timm name or module.
         schedule: tokens to remove: none, const:R, linear:R, exp:R_INIT,ALPHA or list:….
         output: the file; .onnx or .xml.
-        method: how tokens are chosen.
+        method: how tokens are chosen; None is the method whose weights the file has, or ToMe.
         arch: timm name of a checkpoint's architecture; None finds it.
         batch: images per call; None for any number.
         img_size: (height, width) in pixels; None as the weights have it.
@@ -223,8 +240,7 @@ def export(
     wanted = Schedule.parse(schedule)
     output = Path(output)
     ops = _check_request(model, output, ops, batch, opset, half, force)
-    baselines = _baselines(schedule, method) if with_baselines else {}
-    for name in baselines:
+    for name in (NONE, BOUND) if with_baselines else ():
         check_output(model, beside(output, name), force)
     progress("finding the model")
     found = _find(
@@ -260,6 +276,7 @@ def export(
     if failed:
         assert proof is not None
         raise ProofError(proof, kept=keep)
+    baselines = _baselines(schedule, reduced.plan.method) if with_baselines else {}
     peers = tuple(
         export(
             model, other_schedule, beside(output, name), method=other_method, arch=arch,
@@ -326,7 +343,6 @@ def reference(
     metadata = describe(path)
     from tomexport.exporter.golden import record
     from tomexport.exporter.source import RANDOM
-    from tomexport.exporter.weights import weights_sha256
 
     is_file = isinstance(model, (str, Path)) and Path(model).exists()
     words, _, seed = metadata.weights.rpartition(" ")
@@ -337,7 +353,7 @@ def reference(
         random_weights=int(seed) if words == RANDOM and not is_file else None,
         permutation_seed=metadata.permutation_seed,
     )
-    if weights_sha256(found.model) != metadata.weights_sha256:
+    if found.sha256 != metadata.weights_sha256:
         raise VerifyError(
             f"The weights of {model} are not those that {path} was exported from (their SHA-256 "
             "differ). Give the checkpoint that it was exported from, or export it again."
@@ -404,7 +420,6 @@ def _metadata(
     found: Source, reduced: ReducedModel, batch: int | None, opset: int, ops: str, half: bool,
     prop_attn: bool, decisions: tuple[str, ...],
 ) -> Metadata:  # fmt: skip
-    from tomexport.exporter.weights import weights_sha256
     from tomexport.exporter.zoo import preprocessing
 
     size = {"size": list(reduced.input_shape[1:])}  # of the weights, whatever the name's own is
@@ -419,7 +434,7 @@ def _metadata(
         half=half,
         decisions=decisions,
         weights=Path(found.weights).name,
-        weights_sha256=weights_sha256(found.model),
+        weights_sha256=found.sha256,
         preprocessing=found.preprocessing and found.preprocessing | size,
         candidates=known if found.preprocessing is None else {},
         versions=_versions(),

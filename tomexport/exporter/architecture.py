@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
@@ -36,12 +36,16 @@ class Built:
         names: the names that it could be; all compute the same.
         preprocessing: how images are prepared, or None if the names differ in it.
         notes: what the user should know of how it was found.
+        extras: weights that are some method's own, not the model's.
+        methods: the methods that have such weights.
     """
 
     model: nn.Module
     names: tuple[str, ...]
     preprocessing: dict[str, Any] | None
     notes: tuple[str, ...]
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    methods: tuple[str, ...] = ()
 
 
 def build(checkpoint: Checkpoint, arch: str | None = None) -> Built:
@@ -56,6 +60,9 @@ def build(checkpoint: Checkpoint, arch: str | None = None) -> Built:
     layout = _layout(checkpoint)
     state = layout.rename(checkpoint.state, checkpoint.source)
     state, notes = _without_spare(state, layout)
+    state, extras, methods = _without_extras(state, layout)
+    if extras:
+        notes.append(f"holds weights of {' or '.join(methods)}: {_first(list(extras))}")
     own = checkpoint.architecture
     name = arch or (layout.called(own) if own else None)
     if name and not arch:
@@ -81,7 +88,7 @@ def build(checkpoint: Checkpoint, arch: str | None = None) -> Built:
     model.load_state_dict(state, assign=True)
     shared = {str(preprocessing(name)) for name in names}
     known = preprocessing(names[0]) if len(shared) == 1 else None
-    return Built(model.eval(), names, known, tuple(notes))
+    return Built(model.eval(), names, known, tuple(notes), extras, methods)
 
 
 def _require_kin(name: str, layout: Layout, source: str) -> None:
@@ -130,12 +137,26 @@ def _without_spare(state: dict[str, Tensor], layout: Layout) -> tuple[dict[str, 
         if why:
             left_out.setdefault(why, []).append(key)
     spare = {key for keys in left_out.values() for key in keys}
-    parts = [
-        f"{keys[0]}{f' and {len(keys) - 1} more' if len(keys) > 1 else ''} ({why})"
-        for why, keys in left_out.items()
-    ]
+    parts = [f"{_first(keys)} ({why})" for why, keys in left_out.items()]
     notes = [f"left out: {'; '.join(parts)}"] if parts else []
     return {key: tensor for key, tensor in state.items() if key not in spare}, notes
+
+
+def _without_extras(
+    state: dict[str, Tensor], layout: Layout
+) -> tuple[dict[str, Tensor], dict[str, Tensor], tuple[str, ...]]:
+    """Return the model's own weights, those of a method, and the methods that have such."""
+    extras: dict[str, Tensor] = {}
+    methods: tuple[str, ...] = ()
+    for pattern, owners in layout.extras:
+        found = {key: tensor for key, tensor in state.items() if re.fullmatch(pattern, key)}
+        extras |= found
+        methods += owners if found else ()
+    return {key: t for key, t in state.items() if key not in extras}, extras, methods
+
+
+def _first(keys: list[str]) -> str:
+    return f"{keys[0]}{f' and {len(keys) - 1} more' if len(keys) > 1 else ''}"
 
 
 def _mismatch(
@@ -160,14 +181,15 @@ def _shape(shape: tuple[int, ...]) -> str:
 def _require_fit(
     model: nn.Module, state: Mapping[str, Tensor], source: str, name: str, *, named_by_file: bool
 ) -> None:
-    if problems := _problems(model, state):
+    if wrong := problems(model, state):
         way = "Name the right architecture with --arch, or leave it out to have it found by shapes."
         if named_by_file:
             way = "The file itself names this architecture; name the right one with --arch."
-        raise CheckpointError(f"{source} does not fit {name}: {problems}. {way}")
+        raise CheckpointError(f"{source} does not fit {name}: {wrong}. {way}")
 
 
-def _problems(model: nn.Module, state: Mapping[str, Tensor]) -> str:
+def problems(model: nn.Module, state: Mapping[str, Tensor]) -> str:
+    """Return in words how weights do not fit a module; nothing if they do."""
     kinds = zip(("missing", "unexpected", "of another shape"), _mismatch(model, state), strict=True)
     return "; ".join(
         f"{len(keys)} key{'s' if len(keys) > 1 else ''} {kind}: {_some(keys)}"
@@ -233,7 +255,7 @@ def _refuse_unknown(
     _, name, model = closest
     raise CheckpointError(
         f"{source} ({what}) fits no supported timm name. The nearest is {name}, with "
-        f"{_problems(model, state)}. {way}"
+        f"{problems(model, state)}. {way}"
     )
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tomexport.errors import CheckpointError, need, plain
 
-SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
+SUFFIXES = (".pth", ".pt", ".bin", ".safetensors", ".tar")  # .pth.tar is written by timm
 
 _multiarray = importlib.import_module("numpy._core.multiarray")
 

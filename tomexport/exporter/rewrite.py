@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -39,8 +40,9 @@ class ReducedModel(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, plan: Plan, method: Method, *, prop_attn: bool = True
-    ) -> None:
+        self, model: nn.Module, plan: Plan, method: Method, *, prop_attn: bool = True,
+        own: Sequence[nn.Module | None] = (),
+    ) -> None:  # fmt: skip
         """Wrap a model.
 
         Args:
@@ -48,6 +50,7 @@ class ReducedModel(nn.Module):
             plan: token counts, one step per block call.
             method: how tokens are chosen.
             prop_attn: weight keys by the number of patches they stand for.
+            own: the method's own weights, one per step; see `own_weights.py`.
 
         Raises: RewriteError if the model's family cannot give what the method needs.
         """
@@ -76,6 +79,7 @@ class ReducedModel(nn.Module):
         self._calls = self._family.calls(self.net, plan.steps)
         self._method = method
         self._weighs_keys = prop_attn and method.sizes
+        self.own = nn.ModuleDict({str(i): each for i, each in enumerate(own) if each is not None})
         self.eval()
 
     @property
@@ -110,15 +114,15 @@ class ReducedModel(nn.Module):
         family = self._family
         x = family.embed(self.net, image)  # (B, N, C)
         state = _Stage()
-        for call, step in zip(self._calls, self.plan.steps, strict=True):
+        for index, (call, step) in enumerate(zip(self._calls, self.plan.steps, strict=True)):
             n_out = family.n_read(self.net) if step is self.plan.steps[-1] else None
             before = x
             if step.place == BEFORE and step.removed:
-                x = self._reduce(x, before, None, step, state, decisions)
+                x = self._reduce(x, before, None, index, state, decisions)
             size = state.size if self._weighs_keys else None
             x, signals = family.attention(call, Tokens(x, size, state.place), n_out)
             if step.place == BETWEEN and step.removed and n_out is None:
-                x = self._reduce(x, before, signals, step, state, decisions)
+                x = self._reduce(x, before, signals, index, state, decisions)
             x = family.mlp(call, x)
             if step.restored:
                 assert family.downsample is not None
@@ -128,12 +132,14 @@ class ReducedModel(nn.Module):
         return family.head(self.net, x, state.size if self._method.sizes else None)
 
     def _reduce(
-        self, x: Tensor, before: Tensor, signals: Signals | None, step: Step, state: _Stage,
+        self, x: Tensor, before: Tensor, signals: Signals | None, index: int, state: _Stage,
         decisions: list[Decision] | None,
     ) -> Tensor:  # fmt: skip
+        step, key = self.plan.steps[index], str(index)
         size = x.new_ones(1, step.tokens_in, 1) if state.size is None else state.size
+        own = self.own[key] if key in self.own else None  # noqa: SIM401  it has no get
         left = self._method.reduce(
-            View(x, before, size, signals, step, self.plan.n_prefix, self._family.raster)
+            View(x, before, size, signals, step, self.plan.n_prefix, self._family.raster, own)
         )
         state.size = left.size
         state.targets.append(left.target)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tomexport.artifact import IN_MEMORY, PRETRAINED
 from tomexport.artifact import RANDOM as RANDOM
@@ -16,7 +17,7 @@ from tomexport.exporter import checkpoint, zoo
 from tomexport.exporter.architecture import build
 from tomexport.exporter.families import family_of
 from tomexport.exporter.rewrite import private_copy
-from tomexport.exporter.weights import seed_weights
+from tomexport.exporter.weights import seed_weights, weights_sha256
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ class Source:
         weights: where the weights are from, in words.
         preprocessing: how images are prepared, or None if it is not known.
         notes: what the user should know of how it was found.
+        extras: weights in the file that are some method's own, not the model's.
+        methods: the methods that have such weights.
+        seed: what the weights were drawn from, if they are not trained ones.
     """
 
     model: nn.Module
@@ -36,11 +40,19 @@ class Source:
     weights: str
     preprocessing: dict[str, Any] | None
     notes: tuple[str, ...] = ()
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    methods: tuple[str, ...] = ()
+    seed: int | None = None
 
     @property
     def name(self) -> str:
         """What to call the model."""
         return self.names[0] if self.names else type(self.model).__name__
+
+    @property
+    def sha256(self) -> str:
+        """The hash of all weights, a method's own among them."""
+        return weights_sha256(self.model, self.extras)
 
 
 def find(
@@ -94,7 +106,10 @@ def _from_file(path: Path, arch: str | None, seed: int | None) -> Source:
             f"{path} is a file with weights of its own; --random-weights goes with a name."
         )
     built = build(checkpoint.load_checkpoint(path), arch)
-    return Source(built.model, built.names, path.name, built.preprocessing, built.notes)
+    return Source(
+        built.model, built.names, path.name, built.preprocessing, built.notes,
+        built.extras, built.methods,
+    )  # fmt: skip
 
 
 def _from_name(name: str, arch: str | None, seed: int | None, with_weights: bool) -> Source:
@@ -109,7 +124,7 @@ def _from_name(name: str, arch: str | None, seed: int | None, with_weights: bool
         model, weights = zoo.pretrained(name), PRETRAINED
     else:
         model, weights = zoo.skeleton(name), "none"
-    return Source(model, (name,), weights, zoo.preprocessing(name))
+    return Source(model, (name,), weights, zoo.preprocessing(name), seed=seed)
 
 
 def _permute(found: Source, seed: int) -> Source:

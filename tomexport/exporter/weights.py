@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def seed_weights(model: nn.Module, seed: int) -> nn.Module:
@@ -36,10 +37,15 @@ def seed_weights(model: nn.Module, seed: int) -> nn.Module:
     return model
 
 
-def weights_sha256(model: nn.Module) -> str:
-    """Return the SHA-256 of a model's weights: names, types, shapes and bytes, in name order."""
+def weights_sha256(model: nn.Module, extras: Mapping[str, Tensor] | None = None) -> str:
+    """Return the SHA-256 of a model's weights: names, types, shapes and bytes, in name order.
+
+    Args:
+        model: the model.
+        extras: weights of a method's own, which count as well.
+    """
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted({**model.state_dict(), **(extras or {})}.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().contiguous().cpu().numpy().tobytes())
     return digest.hexdigest()

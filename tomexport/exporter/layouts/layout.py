@@ -22,6 +22,7 @@ class Layout:
         rename: (state, source) → the same weights under the names that the models have; the source
             is for messages.
         spare: key patterns that the forward pass of the plain model never reads, and why.
+        extras: key patterns of a method's own weights, and the methods that have such.
         called: what the file calls its architecture → what it is called here.
         may_fit: (name, state) → tells cheaply whether a name can fit.
         options: (name, state, source) → what makes the name's model fit: classes, image size …
@@ -37,6 +38,7 @@ class Layout:
     may_fit: Callable[[str, State], bool]
     options: Callable[[str, State, str], dict[str, Any]]
     describe: Callable[[State], str]
+    extras: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
 
 def n_classes(state: State) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tomexport.errors import pick
 from tomexport.exporter.methods.bound import bound_of
+from tomexport.exporter.methods.dtem import DTEM
 from tomexport.exporter.methods.etps import ETPS
 from tomexport.exporter.methods.evit import EVIT
 from tomexport.exporter.methods.method import Method
@@ -11,7 +12,14 @@ from tomexport.exporter.methods.random import RANDOM
 from tomexport.exporter.methods.tome import TOME
 from tomexport.exporter.methods.topk import TOPK
 
-METHODS = (TOME, EVIT, ETPS, TOPK, RANDOM)
+METHODS = (
+    TOME,
+    DTEM,
+    EVIT,
+    ETPS,
+    TOPK,
+    RANDOM,
+)
 _BOUND = "bound"
 
 

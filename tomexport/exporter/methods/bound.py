@@ -25,4 +25,5 @@ def _slice(view: View) -> Reduced:
 
 def bound_of(method: Method) -> Method:
     """Return the free-merge bound of a method: the same counts at the same places."""
-    return dataclasses.replace(method, name=f"bound:{method.name}", needs=(), reduce=_slice)
+    name = f"bound:{method.name}"
+    return dataclasses.replace(method, name=name, needs=(), reduce=_slice, weights=None)

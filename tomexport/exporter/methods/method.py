@@ -8,7 +8,7 @@ kernel, the method calls that operator itself.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tomexport.errors import require_known
 from tomexport.exporter.families.family import Signals
 from tomexport.kernels.operators import REDUCE
-from tomexport.plan import Counting, Step
+from tomexport.plan import Counting, Site, Step
 
 Margin = Callable[[], Tensor]
 
@@ -91,6 +91,18 @@ class Choice(NamedTuple):
     share: Tensor | None = None
 
 
+class Own(NamedTuple):
+    """Weights of a method's own, at one site.
+
+    Attributes:
+        name: what their keys begin with in a checkpoint: "score_predictor.0".
+        module: what they are loaded into; its values do not matter.
+    """
+
+    name: str
+    module: nn.Module
+
+
 @dataclass(frozen=True)
 class Method:
     """A way to reduce tokens.
@@ -104,6 +116,9 @@ class Method:
             tokens, or that were trained without, have none.
         options: what can be chosen, and the values of each, the default first.
         configure: (**chosen) → the method with other options than the defaults.
+        weights: (sites, steps, weights in the file that are a method's) → the method's own, one per
+            site, None where it has none; made without values (on the meta device). None for a
+            method without weights.
     """
 
     name: str
@@ -113,6 +128,10 @@ class Method:
     sizes: bool = True
     options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     configure: Callable[..., Method] | None = None
+    weights: (
+        Callable[[Sequence[Site], Sequence[Step], Mapping[str, Tensor]], Sequence[Own | None]]
+        | None
+    ) = None
 
     def configured(self, chosen: Mapping[str, str]) -> Method:
         """Return the method with options; its name says those that are not the defaults.
