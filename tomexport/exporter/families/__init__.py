@@ -6,10 +6,11 @@ from torch import nn
 
 from tomexport.errors import RewriteError
 from tomexport.exporter.families.family import Family
+from tomexport.exporter.families.lvvit import LVVIT
 from tomexport.exporter.families.sret import SRET
 from tomexport.exporter.families.vit import VIT
 
-FAMILIES = (VIT, SRET)
+FAMILIES = (VIT, LVVIT, SRET)
 
 
 def family_of(model: nn.Module) -> Family:

@@ -122,3 +122,11 @@ def scale_rows(linear: nn.Linear, factors: Tensor) -> None:
     linear.weight = nn.Parameter(linear.weight.detach() * factors[:, None])
     if linear.bias is not None:
         linear.bias = nn.Parameter(linear.bias.detach() * factors)
+
+
+def fuse_norms(stem: nn.Module, n: int) -> None:
+    """Fold the batch norms bn1 … bn{n} of a stem into its convolutions conv1 … conv{n}."""
+    for index in range(1, n + 1):
+        conv, norm = getattr(stem, f"conv{index}"), getattr(stem, f"bn{index}")
+        setattr(stem, f"conv{index}", nn.utils.fusion.fuse_conv_bn_eval(conv, norm))
+        setattr(stem, f"bn{index}", nn.Identity())

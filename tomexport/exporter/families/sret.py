@@ -19,6 +19,7 @@ from tomexport.exporter.families.family import (
     Family,
     Signals,
     Tokens,
+    fuse_norms,
     linear_macs,
     norm_elements,
     scale_rows,
@@ -41,11 +42,7 @@ def _prepare(model: Any) -> None:
 
 
 def _fold(model: Any) -> None:
-    stem = model.patch_embed
-    for index in (1, 2, 3):
-        conv, norm = getattr(stem, f"conv{index}"), getattr(stem, f"bn{index}")
-        setattr(stem, f"conv{index}", nn.utils.fusion.fuse_conv_bn_eval(conv, norm))
-        setattr(stem, f"bn{index}", nn.Identity())
+    fuse_norms(model.patch_embed, 3)
     for module in model.modules():  # a shared block comes once
         if isinstance(module, Block):
             rows = torch.ones(module.attn.qkv.out_features)

@@ -124,26 +124,7 @@ def _fold(model: Any) -> None:
 def _cost(model: Any, name: str) -> ModelCost:
     n_patches = model.patch_embed.num_patches
     n_tokens = n_patches + model.num_prefix_tokens
-    sites = tuple(
-        Site(
-            stage=0,
-            call=index,
-            block=f"blocks.{index}",
-            tokens_first=n_tokens,
-            n_prefix=model.num_prefix_tokens,
-            multiple=1,
-            width=model.embed_dim,
-            cost=Cost(
-                before=linear_macs(block.attn),
-                pair=2 * block.attn.attn_dim,
-                after=linear_macs(block.mlp),
-                query=_query_macs(block.attn, alone),
-                norm_before=norm_elements(block.norm1) + _norms_of_attention(block.attn),
-                norm_after=norm_elements(block.norm2) + norm_elements(block.mlp),
-            ),
-        )
-        for index, (block, alone) in enumerate(_calls(model))
-    )
+    sites = sites_of(model, n_tokens, model.num_prefix_tokens)
     fixed = n_patches * model.patch_embed.proj.weight.numel()
     fixed += linear_macs(model.head) + linear_macs(getattr(model, "head_dist", None))
     norm_fixed = norm_elements(model.fc_norm) + n_tokens * norm_elements(model.norm_pre)
@@ -163,6 +144,30 @@ def _cost(model: Any, name: str) -> ModelCost:
         pool_products=pool_products,
         norm_fixed=norm_fixed,
         norm_left=norm_elements(model.norm),
+    )
+
+
+def sites_of(model: Any, n_tokens: int, n_prefix: int) -> tuple[Site, ...]:
+    """Return the sites of a model whose blocks have the parts of timm's Block."""
+    return tuple(
+        Site(
+            stage=0,
+            call=index,
+            block=f"blocks.{index}",
+            tokens_first=n_tokens,
+            n_prefix=n_prefix,
+            multiple=1,
+            width=model.embed_dim,
+            cost=Cost(
+                before=linear_macs(block.attn),
+                pair=2 * block.attn.attn_dim,
+                after=linear_macs(block.mlp),
+                query=_query_macs(block.attn, alone),
+                norm_before=norm_elements(block.norm1) + _norms_of_attention(block.attn),
+                norm_after=norm_elements(block.norm2) + norm_elements(block.mlp),
+            ),
+        )
+        for index, (block, alone) in enumerate(_calls(model))
     )
 
 

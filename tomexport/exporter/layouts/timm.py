@@ -58,6 +58,16 @@ def _has(model: nn.Module, key: str) -> bool:
 
 def _image_size(model: Any, n_position: int, source: str) -> tuple[int, int]:
     n_prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+    side = square_side(n_position, n_prefix, source)
+    height, width = model.patch_embed.patch_size
+    return side * height, side * width
+
+
+def square_side(n_position: int, n_prefix: int, source: str) -> int:
+    """Return the side of the square grid of patches that positions are of.
+
+    Raises: CheckpointError if they are of no such grid.
+    """
     n_patches = n_position - n_prefix
     side = math.isqrt(max(n_patches, 0))
     if side * side != n_patches or side == 0:
@@ -65,8 +75,7 @@ def _image_size(model: Any, n_position: int, source: str) -> tuple[int, int]:
             f"{source}: pos_embed has {n_position} positions; without the {n_prefix} prefix "
             f"tokens that is {n_patches}, which is no square grid of patches."
         )
-    height, width = model.patch_embed.patch_size
-    return side * height, side * width
+    return side
 
 
 def _describe(state: State) -> str:

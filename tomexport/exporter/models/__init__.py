@@ -1,5 +1,5 @@
 """Networks that timm has not, one file each; they join timm's registry under names of their own."""
 
-from tomexport.exporter.models import sret
+from tomexport.exporter.models import lvvit, sret
 
-MODELS = (sret,)
+MODELS = (sret, lvvit)

@@ -13,7 +13,7 @@ drawn from a seed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,16 +21,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tomexport.errors import CheckpointError, RewriteError
+from tomexport.errors import RewriteError
 from tomexport.exporter.attention import attend
+from tomexport.exporter.models import registry
 
 GRAIN = 32  # pixels: a stem of stride 8 and two poolings halve the grid five times
 _STRIDES = (8, 16, 32)  # pixels that a token of each stage stands for
 _DEPTHS = (4, 10, 6)  # calls of each stage; a block takes two
 _HEADS = (2, 4, 8)
 _EPSILON = 1e-6
-# what timm passes to every model, and concerns weights that it would load or draw
-_OPTIONS_OF_TIMM = {"pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "weight_init"}
 
 Slices = tuple[tuple[int, int], ...]
 _SLICED: Slices = ((8, 2), (4, 1), (1, 1))  # of the first and the second visit, for each stage
@@ -373,28 +372,6 @@ class SReT(nn.Module):
         return self.classify(x.mean(dim=1))
 
 
-def _entrypoint(name: str, variant: Variant) -> Callable[..., SReT]:
-    """Make the function that timm's registry holds for a name."""
-
-    def build(pretrained: bool = False, **options: Any) -> SReT:
-        if pretrained:
-            raise CheckpointError(
-                f"The authors' weights of {name} lie on no hub that timm can reach; download "
-                "them from the page of their repository and load the file."
-            )
-        model = SReT(variant, **{k: v for k, v in options.items() if k not in _OPTIONS_OF_TIMM})
-        model.pretrained_cfg = {"architecture": name}  # type: ignore[assignment]
-        return model
-
-    build.__name__, build.__module__ = name, __name__
-    return build
-
-
 def register(timm: Any) -> None:
-    """Add the variants to timm's registry, so that there is one table of names."""
-    module = globals()
-    module["default_cfgs"] = timm.models.generate_default_cfgs(
-        {name: {"input_size": (3, v.img_size, v.img_size)} for name, v in VARIANTS.items()}
-    )
-    for name, variant in VARIANTS.items():
-        timm.models.register_model(_entrypoint(name, variant))
+    """Add the variants to timm's registry."""
+    registry.register(timm, __name__, SReT, VARIANTS, lambda v: v.img_size)
