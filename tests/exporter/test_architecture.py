@@ -329,7 +329,6 @@ SPARE = {
     "total_ops": "FLOP",
     "blocks.0.attn.total_params": "FLOP",
     "n_averaged": "averaged",
-    "score_predictor.0.in_conv.0.weight": "DynamicViT",
     "blocks.3.attn.out_zero_mask": "ATS",
 }
 

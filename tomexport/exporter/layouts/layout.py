@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor
 
 State = Mapping[str, Tensor]
+# the scores of tokens that are trained beside a model, of whichever kind it is
+PREDICTORS = (r"score_predictor\..*", ("dynamicvit", "dtps"))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tomexport.exporter.layouts.layout import Layout, State, n_classes
+from tomexport.exporter.layouts.layout import PREDICTORS, Layout, State, n_classes
 from tomexport.exporter.layouts.timm import square_side
 from tomexport.exporter.models.lvvit import PATCH, VARIANTS
 
@@ -61,4 +61,5 @@ LVVIT = Layout(
     may_fit=_may_fit,
     options=_options,
     describe=_describe,
+    extras=(PREDICTORS,),
 )

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tomexport.errors import CheckpointError
-from tomexport.exporter.layouts.layout import Layout, State, n_classes
+from tomexport.exporter.layouts.layout import PREDICTORS, Layout, State, n_classes
 from tomexport.exporter.zoo import skeleton
 
 
@@ -98,11 +98,11 @@ TIMM = Layout(
         (r"decoder_.*|decoder\..*", "the decoder of pre-training"),
         (r"(.*\.)?total_(ops|params)", "left by a FLOP counter"),
         (r"n_averaged", "the count of an averaged model"),
-        (r"score_predictor\..*", "predictors of DynamicViT or TPS"),
         (r"blocks\.\d+\.attn\.out_zero_mask", "zero mask of ATS"),
     ),
     called=_called,
     may_fit=_may_fit,
     options=_options,
     describe=_describe,
+    extras=(PREDICTORS,),
 )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from tomexport.errors import pick
 from tomexport.exporter.methods.bound import bound_of
 from tomexport.exporter.methods.dtem import DTEM
+from tomexport.exporter.methods.dtps import DTPS
+from tomexport.exporter.methods.dynamicvit import DYNAMICVIT
 from tomexport.exporter.methods.etps import ETPS
 from tomexport.exporter.methods.evit import EVIT
 from tomexport.exporter.methods.method import Method
@@ -16,6 +18,8 @@ METHODS = (
     TOME,
     DTEM,
     EVIT,
+    DYNAMICVIT,
+    DTPS,
     ETPS,
     TOPK,
     RANDOM,
