@@ -110,3 +110,16 @@ def test_clean_removes_what_is_ours(stand_in):
     assert [path.name for path in stand_in.cache.iterdir() if path.is_dir()] == ["other"]
     assert (other / "file").read_text() == "precious"
     assert cache.clean() == (0, 0)
+
+
+def test_a_failure_leaves_the_library_that_works(stand_in, monkeypatch):
+    path = _library()
+    monkeypatch.setenv("BROKEN", "1")
+    with pytest.raises(BuildError, match="It is broken, they say") as caught:
+        build.build(build.Target("onnxruntime", "1.2.3"))
+    log = path.parent / cache.LOG
+    assert str(log) in str(caught.value)
+    assert "It is broken" in log.read_text()
+    assert _library() == path
+    assert path.read_text() == "a library"
+    assert stand_in.leftovers() == []

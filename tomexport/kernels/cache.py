@@ -106,8 +106,16 @@ def get(entry: Path) -> Library | None:
 
 
 def put(made: Library, entry: Path) -> Library:
-    """Move the folder of a library into its place, by renaming it."""
+    """Move the folder of a library into its place, by renaming it.
+
+    Of a failure only the log is kept where there is a library: what works is not lost to a compiler
+    that has stopped to.
+    """
     new = made.path.parent
+    if made.error and (earlier := get(entry)) and not earlier.error:
+        sync(new / LOG)
+        (new / LOG).replace(entry / LOG)
+        return dataclasses.replace(made, path=entry / made.path.name)
     (new / _RECORD).write_text(json.dumps(made.to_dict() | {"path": made.path.name}), "utf-8")
     for file in new.iterdir():
         sync(file)

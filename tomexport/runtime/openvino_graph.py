@@ -4,10 +4,9 @@ Two things that a file cannot say, because they serve this runtime alone:
 
 - The LayerNorm and the logarithm that follow a merge become part of its kernel, which has the token
   at hand. The node then has two more inputs, weight and offset, and two more outputs.
-- Where OpenVINO computes in bfloat16, it still runs nodes of other makers in the types that the
-  graph says, and converts to float32 and back around them. So the graph says bfloat16 from the
-  first of our nodes to the last; only sizes stay in float32. Not further, because attention of
-  which the graph says bfloat16 takes an eighth longer than where OpenVINO decides so itself.
+- Where OpenVINO computes in bfloat16, it runs nodes of other makers in the types that the graph
+  says, which are float32, and converts around them. So our nodes are told to take and to give
+  bfloat16; only sizes stay in float32.
 """
 
 from __future__ import annotations
@@ -39,12 +38,9 @@ def prepare(model: Any, library: Path, *, bfloat16: bool) -> None:
         if _is_ours(node):
             _fuse_what_follows(node, factory)
     if bfloat16:
-        nodes = model.get_ordered_ops()
-        ours = [index for index, node in enumerate(nodes) if _is_ours(node)]
-        for node in nodes[: max(ours, default=-1) + 1]:
-            _say_bfloat16(node)
-        for output in nodes[max(ours)].outputs() if ours else ():
-            _say_float32_after(output)
+        for node in model.get_ordered_ops():
+            if _is_ours(node):
+                _compute_in_bfloat16(node)
     model.validate_nodes_and_infer_types()
 
 
@@ -118,36 +114,27 @@ def _is_constant(value: Any) -> bool:
 # --- bfloat16
 
 
-def _say_bfloat16(node: Any) -> None:
-    """Let a node compute in bfloat16 if what it reads is so; those before it are done."""
+def _compute_in_bfloat16(node: Any) -> None:
     types = need("openvino", "openvino").Type
-    inputs, kind = node.inputs(), node.get_type_name()
-    if _is_ours(node):
-        inputs = [inputs[_X], inputs[_SIGNAL]]
-    elif kind == "Convert" or types.bf16 not in map(_type, inputs):
-        return
-    wrong, right = (types.f32, types.bf16) if kind != "Result" else (types.bf16, types.f32)
-    for i in inputs:
-        if _type(i) == wrong:
-            i.replace_source_output(_converted(i.get_source_output(), right))
+    for index in (_X, _SIGNAL):
+        reader = node.input(index)
+        reader.replace_source_output(_converted(reader.get_source_output(), types.bf16))
     node.validate_and_infer_types()
-
-
-def _say_float32_after(value: Any) -> None:
-    types = need("openvino", "openvino").Type
-    readers = value.get_target_inputs()
-    if value.get_element_type() == types.bf16 and readers:
-        back = _converted(value, types.f32)
-        for reader in readers:
-            reader.replace_source_output(back)
-
-
-def _type(reader: Any) -> Any:
-    return reader.get_source_output().get_element_type()
+    for output in node.outputs():
+        readers = output.get_target_inputs()
+        if readers and output.get_element_type() == types.bf16:
+            back = _converted(output, types.f32)
+            for reader in readers:
+                reader.replace_source_output(back)
 
 
 def _converted(value: Any, to: Any) -> Any:
+    """Convert a value in a way that costs nothing where OpenVINO computes all around in bfloat16.
+
+    A Convert between types that have become one is dropped when the graph is compiled, unless it
+    was taken into a compiled subgraph before; with more than six axes it is not. Views are free.
+    """
     operators = need("openvino.opset13", "openvino")
-    if _is_constant(value):
-        return operators.constant(value.get_node().get_data(), to).output(0)
-    return operators.convert(value, to).output(0)
+    more = list(range(7 - value.get_partial_shape().rank.get_length()))
+    seven = operators.convert(operators.unsqueeze(value, more), to)
+    return operators.squeeze(seven, more).output(0)
