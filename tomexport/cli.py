@@ -86,13 +86,21 @@ _schedule = click.option(
     help="Tokens to remove: none, const:R, linear:R, exp:R_INIT,ALPHA or list:R0,R1,…; "
     "or the share to keep: keep:SHARE@BLOCK,…",
 )
-_METHOD_OPTIONS = ("fuse",)
+_METHOD_OPTIONS = ("fuse", "metric", "similarity", "combine", "partition")
 _method = _options(
     click.option("--method", metavar="NAME", help=(
         "How tokens are chosen.  [default: the method whose weights MODEL has, or tome]"
     )),
     click.option("--no-fuse", "fuse", flag_value="no", default=None,
                  help="Drop what EViT would fuse into one token."),
+    click.option("--metric", metavar="k|q|v|x-before|x-after",
+                 help="What ToMe compares tokens by.  [default: k, the keys]"),
+    click.option("--similarity", metavar="cosine|euclidean|dot|softmax",
+                 help="How ToMe compares them.  [default: cosine]"),
+    click.option("--combine", metavar="weighted|mean|max|keep",
+                 help="What ToMe makes of tokens that merge.  [default: weighted, by size]"),
+    click.option("--partition", metavar="alternating|sequential|random",
+                 help="The two sets that ToMe matches.  [default: alternating]"),
 )  # fmt: skip
 _arch = click.option(
     "--arch", metavar="NAME", help="timm name of the checkpoint's architecture; found if left out."

@@ -276,7 +276,7 @@ def export(
     if failed:
         assert proof is not None
         raise ProofError(proof, kept=keep)
-    baselines = _baselines(schedule, reduced.plan.method) if with_baselines else {}
+    baselines = _baselines(reduced.plan.schedule, reduced.plan.method) if with_baselines else {}
     peers = tuple(
         export(
             model, other_schedule, beside(output, name), method=other_method, arch=arch,

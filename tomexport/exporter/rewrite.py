@@ -78,7 +78,7 @@ class ReducedModel(nn.Module):
         self.plan = plan
         self._calls = self._family.calls(self.net, plan.steps)
         self._method = method
-        self._weighs_keys = prop_attn and method.sizes
+        self._weighs_keys = prop_attn and method.sizes and method.weighs_keys
         self.own = nn.ModuleDict({str(i): each for i, each in enumerate(own) if each is not None})
         self.eval()
 
@@ -138,9 +138,11 @@ class ReducedModel(nn.Module):
         step, key = self.plan.steps[index], str(index)
         size = x.new_ones(1, step.tokens_in, 1) if state.size is None else state.size
         own = self.own[key] if key in self.own else None  # noqa: SIM401  it has no get
-        left = self._method.reduce(
-            View(x, before, size, signals, step, self.plan.n_prefix, self._family.raster, own)
-        )
+        view = View(
+            x, before, size, signals, step, self.plan.n_prefix, self._family.raster, own,
+            index, len(self.plan.steps),
+        )  # fmt: skip
+        left = self._method.reduce(view)
         state.size = left.size
         state.targets.append(left.target)
         if self._family.places:

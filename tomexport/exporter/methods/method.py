@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from tomexport.errors import require_known
@@ -34,6 +35,7 @@ class View(NamedTuple):
         n_prefix: tokens at the front that stay.
         raster: whether slots must stand where their first tokens stood.
         weights: the method's own, of this site; None for methods without.
+        call, n_calls: which block call this is, from 0, and how many there are.
     """
 
     x: Tensor
@@ -44,6 +46,8 @@ class View(NamedTuple):
     n_prefix: int
     raster: bool = False
     weights: nn.Module | None = None
+    call: int = 0
+    n_calls: int = 1
 
     @property
     def attended(self) -> Signals:
@@ -112,8 +116,9 @@ class Method:
         needs: the signals it looks at.
         counting: how a schedule becomes counts, and where in a block tokens are removed.
         reduce: carries it out at a site.
-        sizes: whether slots have sizes that attention and pooling weight by; methods that drop
-            tokens, or that were trained without, have none.
+        sizes: whether slots have sizes, by which pooling weighs them; methods that drop tokens, or
+            that were trained without, have none.
+        weighs_keys: whether attention, too, weighs by the sizes, unless the user turns it off.
         options: what can be chosen, and the values of each, the default first.
         configure: (**chosen) → the method with other options than the defaults.
         weights: (sites, steps, weights in the file that are a method's) → the method's own, one per
@@ -126,6 +131,7 @@ class Method:
     counting: Counting
     reduce: Callable[[View], Reduced]
     sizes: bool = True
+    weighs_keys: bool = True
     options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     configure: Callable[..., Method] | None = None
     weights: (
@@ -154,16 +160,26 @@ def by_choice(choose: Callable[[View], Choice]) -> Callable[[View], Reduced]:
     `choose` is traced for export: it must be of operations that leave static shapes, and break
     ties by index (see `selection.py`).
     """
+    return lambda view: carry_out(view, choose(view))
 
-    def reduce(view: View) -> Reduced:
-        choice = choose(view)
-        n_batch, n, _ = view.x.shape
-        mass = view.size if choice.share is None else view.size * choice.share[:, :, None]
-        weight = choice.weight.expand(n_batch, n)[:, :, None]
-        x, size = REDUCE(
-            view.x, mass.expand(n_batch, n, 1), choice.target, weight,
-            r=view.step.removed, mean=int(choice.mean), fixed=int(choice.margin is None),
-        )  # fmt: skip
-        return Reduced(x, size, choice.target, choice.margin, choice.leads)
 
-    return reduce
+def carry_out(view: View, choice: Choice) -> Reduced:
+    """Send tokens where they are chosen to go, with the shared operator."""
+    n_batch, n, _ = view.x.shape
+    target = in_raster_order(choice.target) if view.raster else choice.target
+    mass = view.size if choice.share is None else view.size * choice.share[:, :, None]
+    weight = choice.weight.expand(n_batch, n)[:, :, None]
+    x, size = REDUCE(
+        view.x, mass.expand(n_batch, n, 1), target, weight,
+        r=view.step.removed, mean=int(choice.mean), fixed=int(choice.margin is None),
+    )  # fmt: skip
+    return Reduced(x, size, target, choice.margin, choice.leads)
+
+
+def in_raster_order(target: Tensor) -> Tensor:
+    """Number slots by the first token of each, (B, N); traced for export, −1 stays −1."""
+    together = target[:, :, None] == target[:, None, :]  # (B, N, N)
+    leader = together.int().argmax(dim=2)  # the first token of each token's slot
+    leads = (leader == torch.arange(target.shape[1])) & (target >= 0)
+    number = leads.long().cumsum(dim=1) - 1
+    return torch.where(target >= 0, number.gather(1, leader), target)

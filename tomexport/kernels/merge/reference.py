@@ -78,14 +78,24 @@ def margin(
     A form whose scores are off by less than half of this must decide the same. Where nothing is
     decided it is endless; tokens without direction are tied.
     """
-    result = signal.new_full((signal.shape[0],), torch.inf, dtype=torch.float32)
+    # without a prefix, unless in raster order, the tokens that are kept are ranked too
+    return margin_of(_scores(signal, n_prefix), r, ranks_kept=not (n_prefix or raster))
+
+
+def margin_of(scores: Float[Tensor, "B A O"], r: int, *, ranks_kept: bool) -> Float[Tensor, " B"]:
+    """Return how far the nearest other decision is of matching by scores, in their units.
+
+    Args:
+        scores: of every token of A with every token of B.
+        r: tokens to remove.
+        ranks_kept: whether the order of the tokens that are kept is a decision, too.
+    """
+    result = scores.new_full((scores.shape[0],), torch.inf, dtype=torch.float32)
     if r == 0:
         return result
-    scores = _scores(signal, n_prefix)
     ranked = scores.max(dim=-1).values.sort(dim=-1, descending=True)
     gaps = ranked.values[:, :-1] - ranked.values[:, 1:]  # (B, |A|−1): rank i from rank i + 1
-    # without a prefix, unless in raster order, the tokens that are kept are ranked too
-    deciding = gaps[:, r - 1 : r] if n_prefix or raster else gaps[:, r - 1 :]
+    deciding = gaps[:, r - 1 :] if ranks_kept else gaps[:, r - 1 : r]
     if deciding.shape[1]:
         result = torch.minimum(result, deciding.amin(dim=-1))
     if scores.shape[2] > 1:
