@@ -10,6 +10,7 @@ from tomexport.exporter.methods.dynamicvit import DYNAMICVIT
 from tomexport.exporter.methods.etps import ETPS
 from tomexport.exporter.methods.evit import EVIT
 from tomexport.exporter.methods.method import Method
+from tomexport.exporter.methods.pitome import PITOME
 from tomexport.exporter.methods.random import RANDOM
 from tomexport.exporter.methods.tome import TOME
 from tomexport.exporter.methods.topk import TOPK
@@ -17,6 +18,7 @@ from tomexport.exporter.methods.topk import TOPK
 METHODS = (
     TOME,
     DTEM,
+    PITOME,
     EVIT,
     DYNAMICVIT,
     DTPS,
