@@ -12,6 +12,7 @@ from tomexport.exporter.methods.evit import EVIT
 from tomexport.exporter.methods.method import Method
 from tomexport.exporter.methods.pitome import PITOME
 from tomexport.exporter.methods.random import RANDOM
+from tomexport.exporter.methods.tofu import TOFU
 from tomexport.exporter.methods.tome import TOME
 from tomexport.exporter.methods.topk import TOPK
 
@@ -19,6 +20,7 @@ METHODS = (
     TOME,
     DTEM,
     PITOME,
+    TOFU,
     EVIT,
     DYNAMICVIT,
     DTPS,
