@@ -84,7 +84,7 @@ _schedule = click.option(
     required=True,
     metavar="S",
     help="Tokens to remove: none, const:R, linear:R, exp:R_INIT,ALPHA or list:R0,R1,…; "
-    "or the share to keep: keep:SHARE@BLOCK,…",
+    "or what to keep: keep:SHARE@BLOCK,… or diffrate:FILE.json",
 )
 _METHOD_OPTIONS = ("fuse", "metric", "similarity", "combine", "partition")
 _method = _options(

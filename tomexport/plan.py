@@ -10,16 +10,21 @@ half the tokens; SReT + ToMe for the exponential schedule and for aligned counts
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tomexport.errors import PlanError
 
 _COUNT_LIMIT = 1_000_000  # more tokens than any image model has; larger is a typing error
-_FORMS = "none, const:R, linear:R, exp:R_INIT,ALPHA, list:R0,R1,… or keep:SHARE@BLOCK,…"
+_FORMS = (
+    "none, const:R, linear:R, exp:R_INIT,ALPHA, list:R0,R1,…, keep:SHARE@BLOCK,… or "
+    "diffrate:FILE.json"
+)
 BETWEEN, BEFORE = "between", "before"  # attention and MLP; the block
 
 # (tokens, prefix tokens) → the most tokens that a method can remove at a site
@@ -195,25 +200,31 @@ class Schedule:
         'exp:0.25,0'
 
     Attributes:
-        kind: "none", "const", "linear", "exp", "list" or "keep".
-        values: its numbers; integers except for "exp" and "keep".
+        kind: "none", "const", "linear", "exp", "list", "keep" or "diffrate".
+        values: its numbers; integers except for "exp" and "keep", none for "diffrate".
         text: the schedule as it was written.
         places: the sites of a "keep" schedule; empty for all.
+        budgets: of a "diffrate" schedule, the tokens left at each site: after pruning, and after
+            merging.
     """
 
     kind: str
     values: tuple[float, ...]
     text: str
     places: tuple[int, ...] = ()
+    budgets: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> Schedule:
         """Read a schedule.
 
-        Raises: PlanError saying which number is missing, malformed or out of range.
+        A file is read at once, so that the schedule says all by itself.
+
+        Raises: PlanError saying which number is missing, malformed or out of range, or what is
+            wrong with the file.
         """
         kind, colon, rest = text.strip().partition(":")
-        if kind not in (*_PARSERS, "keep"):
+        if kind not in (*_PARSERS, "keep", "diffrate"):
             raise PlanError(f"Unknown schedule {text!r}; a schedule is {_FORMS}.")
         if kind == "none":
             if colon:
@@ -221,6 +232,9 @@ class Schedule:
             return cls("none", (), "none")
         if kind == "keep":
             return cls(kind, *_parse_keep(text, rest))
+        if kind == "diffrate":
+            lists, budgets = _parse_diffrate(text, rest)
+            return cls(kind, (), f"diffrate:{lists}", budgets=budgets)
         fields = rest.split(",")
         return cls(kind, _PARSERS[kind](text, fields), f"{kind}:{','.join(fields)}")
 
@@ -255,7 +269,7 @@ class Schedule:
         Raises: PlanError if a list is longer than the sites.
         """
         n = len(sites)
-        if self.kind in ("none", "keep"):
+        if self.kind in ("none", "keep", "diffrate"):
             return [0] * n
         if self.kind == "const":
             return [int(self.values[0])] * n
@@ -275,6 +289,20 @@ class Schedule:
                 f"leave out the last {len(self.values) - n}."
             )
         return [int(value) for value in self.values] + [0] * self.padding(n)
+
+    def kept(self, n_sites: int) -> Sequence[tuple[int, int] | None]:
+        """Return the tokens to keep at each site, after pruning and after merging; None if free.
+
+        Raises: PlanError if there are not as many as sites.
+        """
+        if self.kind != "diffrate":
+            return [None] * n_sites
+        if len(self.budgets) != n_sites:
+            raise PlanError(
+                f"{self.text} has counts for {len(self.budgets)} blocks, but the model has "
+                f"{n_sites}; take the lists of this model."
+            )
+        return self.budgets
 
     def padding(self, n_sites: int) -> int:
         """Return how many sites a list leaves unnamed; they remove nothing."""
@@ -348,6 +376,54 @@ def _parse_keep(text: str, rest: str) -> tuple[tuple[float, ...], str, tuple[int
     return values, f"keep:{','.join(fields)}{at}{','.join(places)}", numbers
 
 
+_KEPT = ("prune_kept_num", "merge_kept_num")  # as DiffRate's own files call them
+
+
+def _parse_diffrate(text: str, rest: str) -> tuple[str, tuple[tuple[int, int], ...]]:
+    """Return both lists as they are written back, and the pairs of each block."""
+    is_plain = re.fullmatch(r"[0-9, ]+/[0-9, ]+", rest)
+    lists = [part.split(",") for part in rest.split("/")] if is_plain else _kept_in(text, rest)
+    pruned, merged = (
+        [_count(text, field, f"number {i + 1} of {name}") for i, field in enumerate(fields)]
+        for name, fields in zip(_KEPT, lists, strict=True)
+    )
+    if len(pruned) != len(merged):
+        raise PlanError(
+            f"{text!r} has {len(pruned)} counts after pruning and {len(merged)} after merging; "
+            "each block needs one of both."
+        )
+    budgets = tuple(zip(pruned, merged, strict=True))
+    return f"{','.join(map(str, pruned))}/{','.join(map(str, merged))}", budgets
+
+
+def _kept_in(text: str, rest: str) -> list[list[str]]:
+    """Read both lists from a file of DiffRate's; they are lists, or strings that look like some."""
+    name, _, entry = rest.partition("@")
+    try:
+        content = json.loads(Path(name).read_text())
+    except (OSError, ValueError, RecursionError) as err:
+        why = getattr(err, "strerror", None) or "it holds no JSON"
+        raise PlanError(
+            f"{text!r}: {name or 'no file'} cannot be read ({why}). Give DiffRate's JSON file, "
+            f"with {' and '.join(_KEPT)}."
+        ) from err
+    for key in entry.split("/") if entry else ():
+        content = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(content, dict) or any(name not in content for name in _KEPT):
+        found = ", ".join(content) if isinstance(content, dict) else "nothing of that name"
+        raise PlanError(
+            f"{text!r}: {' and '.join(_KEPT)} are not there; there is {found}. If the file has "
+            "them for several models, name one: diffrate:FILE.json@MODEL/GFLOPS"
+        )
+    values = [content[name] for name in _KEPT]
+    return [
+        [str(count) for count in value]
+        if isinstance(value, list)
+        else str(value).strip("[] ").split(",")
+        for value in values
+    ]
+
+
 _PARSERS: dict[str, Callable[[str, list[str]], tuple[float, ...]]] = {
     "none": lambda text, fields: (),
     "const": _parse_one_count,
@@ -374,6 +450,7 @@ class Step:
             its whole grid; None elsewhere.
         place: where tokens are removed: "between" attention and MLP, or "before" the block, whose
             attention then sees `tokens_out`.
+        pruned: how many of the removed are dropped rather than merged, where the schedule says so.
     """
 
     block: str
@@ -388,6 +465,7 @@ class Step:
     multiple: int = 1
     restored: int | None = None
     place: str = BETWEEN
+    pruned: int = 0
 
     @property
     def attended(self) -> int:
@@ -443,12 +521,15 @@ class Plan:
         steps: list[Step] = []
         requests = schedule.requests(model.sites)
         shares = schedule.shares(len(model.sites), counting)
+        budgets = schedule.kept(len(model.sites))
         own = 0  # MACs of the method itself
         for index, site in enumerate(model.sites):
             tokens = steps[-1].tokens_out if steps and site.call else site.tokens_first
-            share, request = shares[index], requests[index]
+            share, request, budget = shares[index], requests[index], budgets[index]
             if share is not None:
                 request = max(0, tokens - counting.keep(share, tokens, site))
+            elif budget is not None:
+                request = max(0, tokens - min(budget))
             removed = _fit(request, tokens, counting.limit(tokens, site.n_prefix), site.multiple)
             out = tokens - removed
             macs = counting.macs(site, tokens) if removed else 0
@@ -469,6 +550,7 @@ class Plan:
                     multiple=site.multiple,
                     restored=site.tokens_first if stage_ends else None,
                     place=counting.place,
+                    pruned=0 if budget is None else min(removed, max(0, tokens - budget[0])),
                 )
             )
         last = model.sites[-1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tomexport.errors import pick
 from tomexport.exporter.methods.bound import bound_of
+from tomexport.exporter.methods.diffrate import DIFFRATE
 from tomexport.exporter.methods.dtem import DTEM
 from tomexport.exporter.methods.dtps import DTPS
 from tomexport.exporter.methods.dynamicvit import DYNAMICVIT
@@ -21,6 +22,7 @@ METHODS = (
     DTEM,
     PITOME,
     TOFU,
+    DIFFRATE,
     EVIT,
     DYNAMICVIT,
     DTPS,

@@ -14,7 +14,7 @@ from torch import Tensor
 from tomexport.exporter.gather import rows
 from tomexport.exporter.methods.method import Choice, View
 
-_NOWHERE = -1
+NOWHERE = -1
 _EPSILON = 1e-6
 
 
@@ -37,7 +37,7 @@ def keep_best(view: View, score: Tensor, *, fuse: bool = False) -> Choice:
     n_prefix, n_batch = view.n_prefix, score.shape[0]
     n_kept = view.step.tokens_out - n_prefix - fuse
     rank = ranks(score)
-    others = n_prefix + n_kept if fuse else _NOWHERE
+    others = n_prefix + n_kept if fuse else NOWHERE
     slot = torch.where(rank < n_kept, n_prefix + rank, others)
     weight = torch.where(rank < n_kept, 1.0, score)
     return Choice(
@@ -76,7 +76,7 @@ def squeeze_best(view: View, score: Tensor) -> Choice:
         target=slot.gather(1, place),
         weight=weight.gather(1, place),
         mean=True,
-        margin=lambda: torch.minimum(order_gap(score, n_kept), _host_gap(alike)),
+        margin=lambda: torch.minimum(order_gap(score, n_kept), host_gap(alike)),
     )
 
 
@@ -87,7 +87,7 @@ def inverse(permutation: Tensor) -> Tensor:
     return torch.where(here, numbers, 0).sum(dim=2)
 
 
-def _host_gap(alike: Tensor) -> Tensor:
+def host_gap(alike: Tensor) -> Tensor:
     """Return by how much the nearest other host was less alike, (B,)."""
     if alike.shape[2] < 2:
         return alike.new_full((alike.shape[0],), torch.inf)
