@@ -563,6 +563,15 @@ def test_plan_as_json(run):
     assert any("16 → 10" in note for note in data["notes"])
 
 
+@pytest.mark.parametrize("method", [(), ("--method", "tome")])
+def test_options_of_a_method_are_part_of_its_name(run, method):
+    options = ("--metric", "x-before", "--combine", "max", "--similarity", "cosine")
+    result = run("plan", MODEL, "--schedule", "const:8", *method, *options, "--json")
+    assert json.loads(result.out)["method"] == "tome:combine=max,metric=x-before"
+    refused = run("plan", MODEL, "--schedule", "const:8", "--method", "random", *options)
+    assert "Unknown option of random" in refused.error()
+
+
 def test_plan_as_a_table(run):
     outcome = run("plan", MODEL, "--schedule", "const:30")
     assert (outcome.code, outcome.err) == (0, "")

@@ -33,7 +33,8 @@ from tomexport.plan import (
 )
 
 FORMS = (
-    "a schedule is none, const:R, linear:R, exp:R_INIT,ALPHA, list:R0,R1,… or keep:SHARE@BLOCK,…."
+    "a schedule is none, const:R, linear:R, exp:R_INIT,ALPHA, list:R0,R1,…, keep:SHARE@BLOCK,… "
+    "or diffrate:FILE.json."
 )
 WHOLE = "token counts are whole numbers from 0 up, like 8."
 TOO_MANY = "is above 1,000,000, more tokens than a model has."

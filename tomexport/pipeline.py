@@ -136,7 +136,8 @@ def _method(found: Source, text: str | None) -> Method:
             "does not say which of them it was trained with. Name it with --method."
         )
     known = found.methods[0] if found.methods else DEFAULT_METHOD
-    return method_of(f"{name or known}{colon}{options}")
+    method = method_of(f"{name or known}{colon}{options}")
+    return method.fitted(found.extras) if method.fitted else method
 
 
 def _plan(found: Source, schedule: Schedule, method: Method) -> Plan:

@@ -130,6 +130,18 @@ def test_macs_count_the_embedding():
     assert plan.macs / 1e9 == pytest.approx(2.70, rel=0.02)
 
 
+def test_macs_are_those_of_the_embedding_in_the_file(seeded, file):
+    model = seeded("test_vit")
+    narrow, wide = (
+        tomexport.plan(
+            file(_checkpoint(model, _embeddings(model, width))), "const:8", arch="test_vit"
+        )
+        for width in (24, 64)
+    )
+    met = sum(step.tokens_in for step in narrow.steps)
+    assert wide.macs - narrow.macs == 64 * (64 - 24) * met
+
+
 def test_what_a_file_lacks_is_named(seeded, file):
     model = seeded("test_vit")
     content = _checkpoint(model, _embeddings(model))

@@ -26,4 +26,6 @@ def _slice(view: View) -> Reduced:
 def bound_of(method: Method) -> Method:
     """Return the free-merge bound of a method: the same counts at the same places."""
     name = f"bound:{method.name}"
-    return dataclasses.replace(method, name=name, needs=(), reduce=_slice, weights=None)
+    return dataclasses.replace(
+        method, name=name, needs=(), reduce=_slice, weights=None, fitted=None
+    )

@@ -26,32 +26,37 @@ def _reduce(view: View) -> Reduced:
     return merge(view, embedding[:, None])
 
 
-def _n_features(site: Site) -> int:
-    return 64 if site.width < _WIDE else 128
+def _name(site: Site) -> str:
+    return f"{site.block}.attn.qkv.metric_layer"
 
 
-def _macs(site: Site, tokens: int) -> int:
-    return tokens * site.width * _n_features(site)
+def _n_features(site: Site, extras: Mapping[str, Tensor]) -> int:
+    """Return how wide the embedding is in a file, or as the paper has it."""
+    bias = extras.get(f"{_name(site)}.bias")
+    return bias.numel() if bias is not None else 64 if site.width < _WIDE else 128
 
 
 def _weights(
     sites: Sequence[Site], steps: Sequence[Step], extras: Mapping[str, Tensor]
 ) -> list[Own | None]:
-    pairs = zip(sites, steps, strict=True)
-    return [_own(site, extras) if step.removed else None for site, step in pairs]
+    return [
+        Own(_name(site), nn.Linear(site.width, _n_features(site, extras))) if step.removed else None
+        for site, step in zip(sites, steps, strict=True)
+    ]
 
 
-def _own(site: Site, extras: Mapping[str, Tensor]) -> Own:
-    name = f"{site.block}.attn.qkv.metric_layer"
-    bias = extras.get(f"{name}.bias")
-    n_features = _n_features(site) if bias is None else bias.numel()
-    return Own(name, nn.Linear(site.width, n_features))
+def _dtem(extras: Mapping[str, Tensor]) -> Method:
+    def macs(site: Site, tokens: int) -> int:
+        return tokens * site.width * _n_features(site, extras)
+
+    return Method(
+        name="dtem",
+        needs=("normed",),
+        counting=Counting(two_set_limit, macs=macs),
+        reduce=_reduce,
+        weights=_weights,
+        fitted=_dtem,
+    )
 
 
-DTEM = Method(
-    name="dtem",
-    needs=("normed",),
-    counting=Counting(two_set_limit, macs=_macs),
-    reduce=_reduce,
-    weights=_weights,
-)
+DTEM = _dtem({})

@@ -124,6 +124,8 @@ class Method:
         weights: (sites, steps, weights in the file that are a method's) → the method's own, one per
             site, None where it has none; made without values (on the meta device). None for a
             method without weights.
+        fitted: (weights in the file that are a method's) → the method as the file has it; None if
+            it is the same with any.
     """
 
     name: str
@@ -138,6 +140,7 @@ class Method:
         Callable[[Sequence[Site], Sequence[Step], Mapping[str, Tensor]], Sequence[Own | None]]
         | None
     ) = None
+    fitted: Callable[[Mapping[str, Tensor]], Method] | None = None
 
     def configured(self, chosen: Mapping[str, str]) -> Method:
         """Return the method with options; its name says those that are not the defaults.
