@@ -93,11 +93,6 @@ def slow_margin(signal: np.ndarray, r: int, n_prefix: int, raster: bool = False)
 # --- the forms
 
 
-def attributes(case: Case) -> dict[str, int]:
-    """The attributes of a node for a case."""
-    return {"r": case.r, "n_prefix": case.n_prefix} | ({"raster": 1} if case.raster else {})
-
-
 def one_node_model(case: Case, *, opset: int = OPSET, size_batch: int | None = None) -> bytes:
     """A model of one Merge node with its body, as an export holds it."""
 
@@ -105,7 +100,7 @@ def one_node_model(case: Case, *, opset: int = OPSET, size_batch: int | None = N
         return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
 
     b, n, m = case.batch, case.n, case.n - case.r
-    body = MERGE.body(n, opset, attributes(case))
+    body = MERGE.body(n, opset, case.attributes)
     inputs = [
         value("x", b, n, case.channels),
         value("size", size_batch or b, n, 1),
@@ -120,7 +115,7 @@ def one_node_model(case: Case, *, opset: int = OPSET, size_batch: int | None = N
         DOMAIN,
         MERGE.name,
         inputs,
-        [ir.AttrInt64(name, value) for name, value in attributes(case).items()],
+        [ir.AttrInt64(name, value) for name, value in case.attributes.items()],
         overload=body.overload,
         outputs=outputs,
     )

@@ -8,11 +8,12 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -23,22 +24,14 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor
 
-from tests.kernels.test_merge import (
-    INPUTS,
-    OUTPUTS,
-    arrays,
-    assert_equal,
-    attributes,
-    margins,
-    one_node_model,
-    run_reference,
-)
+from tests.kernels.test_merge import margins, one_node_model
 from tomexport.artifact import DOMAIN
 from tomexport.kernels import build
 from tomexport.kernels.build import Target
 from tomexport.kernels.merge import reference
-from tomexport.kernels.merge.cases import Case, cases
-from tomexport.kernels.operators import MERGE
+from tomexport.kernels.merge.cases import Case
+from tomexport.kernels.operators import MERGE, OPERATORS, REDUCE, Operator
+from tomexport.kernels.reduce.cases import Case as ReduceCase
 from tomexport.runtime.load import BACKENDS
 from tomexport.runtime.machine import machine
 
@@ -46,6 +39,15 @@ KERNELS = build.KERNELS
 HARNESS = Path(__file__).parent / "native_cases.cpp"
 EPSILON = 1e-6  # of the LayerNorm in native_cases.cpp
 UNDECIDED = 1e-6  # of a cosine in float32; a smaller margin decides nothing
+REAL = ("x", "signal")  # inputs that can be bfloat16
+DIMS = {  # of each input, where any number will do
+    "x": ("B", "N", "C"),
+    "size": ("S", "N", 1),
+    "signal": ("B", "G", "N", "D"),
+    "mass": ("B", "N", 1),
+    "target": ("B", "N"),
+    "weight": ("B", "N", 1),
+}
 
 
 # --- alone: one program computes all jobs
@@ -53,28 +55,40 @@ UNDECIDED = 1e-6  # of a cosine in float32; a smaller margin decides nothing
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One call of the kernel, in float32 or bfloat16. `exact`: no sum in it is rounded."""
+    """One call of a kernel, in float32 or bfloat16. `exact`: no sum in it is rounded."""
 
     name: str
-    r: int
-    n_prefix: int
-    x: Tensor
-    size: Tensor
-    signal: Tensor
+    operator: Operator
+    attributes: dict[str, int]
+    inputs: tuple[Tensor, ...]
     exact: bool = False
-    raster: bool = False
+
+    @property
+    def x(self) -> Tensor:
+        return self.inputs[0]
+
+    def given(self, name: str) -> Tensor:
+        return self.inputs[self.operator.inputs.index(name)]
 
     def bfloat16(self) -> Job:
-        name, x, signal = f"{self.name}-bf16", self.x.bfloat16(), self.signal.bfloat16()
-        return replace(self, name=name, x=x, signal=signal)
+        """The same as OpenVINO has it, which computes with integers of 32 bits."""
+        inputs = [
+            tensor.bfloat16() if name in REAL else tensor.int() if is_integer(tensor) else tensor
+            for name, tensor in zip(self.operator.inputs, self.inputs, strict=True)
+        ]
+        return replace(self, name=f"{self.name}-bf16", inputs=tuple(inputs))
 
     def pack(self) -> bytes:
         """Return it as native_cases.cpp reads it."""
-        (b, n, c), (g, d) = self.x.shape, self.signal.shape[1::2]
-        is_bfloat16 = self.x.dtype == torch.bfloat16
-        sizes = [self.r, self.n_prefix, self.raster, b, n, c, g, d, len(self.size), is_bfloat16]
-        parts = (torch.tensor(sizes), self.x, self.size, self.signal, *self.affine)
-        return b"".join(p.contiguous().view(torch.uint8).numpy().tobytes() for p in parts)
+        arrays = (*self.inputs, *self.affine)
+        is_bfloat16, narrow = (
+            any(a.dtype == t for a in arrays) for t in (torch.bfloat16, torch.int32)
+        )
+        attributes = [self.attributes.get(name, 0) for name in self.operator.attributes]
+        numbers = [is_bfloat16, narrow, *attributes, *(n for a in arrays for n in a.shape)]
+        parts = (torch.tensor(numbers, dtype=torch.int64), *arrays)
+        content = b"".join(p.contiguous().view(torch.uint8).numpy().tobytes() for p in parts)
+        return self.operator.name.encode().ljust(16, b"\0") + content
 
     @property
     def affine(self) -> tuple[Tensor, Tensor]:
@@ -83,35 +97,45 @@ class Job:
         return 1 + index % 7 / 8, index % 5 - 2
 
     def unpack(self, file: io.BytesIO) -> list[Tensor]:
-        """Read what native_cases.cpp computed for it."""
+        """Read what native_cases.cpp computed for it, what follows included."""
 
         def read(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             content = bytearray(file.read(torch.Size(shape).numel() * dtype.itemsize))
             return torch.frombuffer(content, dtype=dtype).reshape(shape)
 
         b, n, c = self.x.shape
-        m = n - self.r
-        shapes = ((b, m, c), self.x.dtype), ((b, m, 1), torch.float32), ((b, n), torch.int64)
-        shapes += ((b, m, c), self.x.dtype), ((b, m, 1), self.x.dtype)  # of what follows
-        return [read(*each) for each in shapes]
+        m, real = n - self.attributes["r"], self.x.dtype
+        own = {
+            "x": ((b, m, c), real),
+            "size": ((b, m, 1), torch.float32),
+            "target": ((b, n), torch.int64),
+        }
+        following = ((b, m, c), real), ((b, m, 1), real)
+        return [
+            read(*each) for each in (*(own[name] for name in self.operator.outputs), *following)
+        ]
 
     @cached_property
-    def expected(self) -> tuple[Tensor, Tensor, Tensor]:
-        inputs = (self.x.float(), self.size, self.signal.float())
-        return MERGE.reference(*inputs, r=self.r, n_prefix=self.n_prefix, raster=self.raster)
+    def expected(self) -> tuple[Tensor, ...]:
+        n_slots = self.x.shape[1] - self.attributes["r"]
+        inputs = (
+            t.long().where(t < n_slots, -1) if is_integer(t) else t.float() for t in self.inputs
+        )
+        return self.operator.reference(*inputs, **self.attributes)
 
-    def check(self, found: list[Tensor]) -> None:
-        expected = self.expected
-        np.testing.assert_array_equal(found[2], expected[2], self.name)
-        np.testing.assert_array_equal(found[1], expected[1], self.name)
-        rounded = expected[0].to(self.x.dtype).float()
+    def check(self, found: Sequence[Tensor]) -> None:
+        """Targets and sizes, whole numbers, are identical; values are close."""
+        x, *others = self.expected
+        for one, other in zip(found[1:], others, strict=True):
+            np.testing.assert_array_equal(one, other, self.name)
+        rounded = x.to(self.x.dtype).float()
         largest = float(rounded[rounded.isfinite()].abs().max())
         step = 2.0**-7 if self.x.dtype == torch.bfloat16 else 0  # from one bfloat16 to the next
         np.testing.assert_allclose(
             found[0].float(),
             rounded,
             rtol=0 if self.exact else step,
-            atol=0 if self.exact else MERGE.tolerance * largest,
+            atol=0 if self.exact else self.operator.tolerance * largest,
             err_msg=self.name,
         )
 
@@ -126,6 +150,14 @@ class Job:
         np.testing.assert_allclose(log_size.float(), logarithm, step, 1e-7, err_msg=self.name)
 
 
+def is_integer(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point()
+
+
+def job_of(operator: Operator, case: Any) -> Job:
+    return Job(f"{operator.name}-{case.name}", operator, case.attributes, case.inputs())
+
+
 def signs_job(index: int) -> Job:
     """A problem of any size whose signals are ±1, so that every score is exact."""
     random = np.random.default_rng(index)
@@ -136,41 +168,67 @@ def signs_job(index: int) -> Job:
     x = random.standard_normal((b, n, c)).astype(np.float32)
     size = random.integers(1, 9, (b, n, 1)).astype(np.float32)
     signal = random.choice([-1, 1], (b, 1, n, d)).astype(np.float32).repeat(g, axis=1)
-    tensors = map(torch.from_numpy, (x, size, signal))
-    return Job(f"signs-{index}", int(r), int(p), *tensors, raster=index % 2 == 1)
+    attributes = {"r": int(r), "n_prefix": int(p), "raster": index % 2}
+    return Job(f"signs-{index}", MERGE, attributes, tuple(map(torch.from_numpy, (x, size, signal))))
 
 
 def halves_job() -> Job:
     """Two tokens become their mean, which lies between two bfloat16 values half of the time."""
     x = torch.randint(128, 256, (1, 2, 1000), generator=torch.Generator().manual_seed(0)).float()
-    return Job("halves", 1, 0, x, torch.ones(1, 2, 1), torch.ones(1, 1, 2, 4), exact=True)
+    inputs = (x, torch.ones(1, 2, 1), torch.ones(1, 1, 2, 4))
+    return Job("halves", MERGE, {"r": 1, "n_prefix": 0}, inputs, exact=True)
 
 
 def odd_values_job() -> Job:
     """Tokens hold what is not finite: it stays in the slots of these tokens."""
-    x, size, signal = Case(41, 18, 1, batch=2, directions="few").inputs()
+    job = job_of(MERGE, Case(41, 18, 1, batch=2, directions="few"))
+    x = job.x
     x[0, 3::5, 4], x[0, 2::9, 5], x[1, 1::4], x[1, 7] = torch.inf, -torch.inf, torch.nan, torch.inf
-    return Job("odd-values", 18, 1, x, size, signal)
+    return replace(job, name="odd-values")
+
+
+def weights_job(mean: int) -> Job:
+    """Tokens weigh nothing, one or two, each in a slot of its own; a slot without weight is NaN."""
+    x, mass, _, _ = ReduceCase(40, 0, batch=2).inputs()
+    target = torch.arange(40).flip(0).expand(2, -1).contiguous()
+    weight = (torch.arange(80) % 3).float().reshape(2, 40, 1)
+    inputs = (x, mass, target, weight)
+    return Job(f"weights-{mean}", REDUCE, {"r": 0, "mean": mean}, inputs, exact=True)
+
+
+def outside_job() -> Job:
+    """Tokens that say a slot which there is not go nowhere, as in the standard form."""
+    job = job_of(REDUCE, ReduceCase(41, 12, dropped=6, mean=0))
+    target = job.given("target")
+    dropped = torch.where(target[0] < 0)[0]
+    target[0, dropped[:3]] = torch.tensor([29, 2**31 - 1, -(2**31)])
+    return replace(job, name="outside")
 
 
 @lru_cache
 def jobs() -> list[Job]:
-    own = [
-        Job(case.name, case.r, case.n_prefix, *case.inputs(), raster=case.raster)
-        for case in cases()
-    ]
+    own = [job_of(operator, case) for operator in OPERATORS for case in operator.cases()]
     one_size = [
-        replace(job, name=f"{job.name}-one_size", size=job.size[:1])
+        replace(
+            job,
+            name=f"{job.name}-one_size",
+            inputs=(job.x, job.given("size")[:1], job.given("signal")),
+        )
         for job in own
-        if len(job.x) > 1
+        if "size" in job.operator.inputs and len(job.x) > 1
     ]
-    float32 = [*own, *one_size, *map(signs_job, range(200)), halves_job(), odd_values_job()]
+    float32 = [
+        *(*own, *one_size, *map(signs_job, range(200)), halves_job(), odd_values_job()),
+        *(*map(weights_job, (0, 1)), outside_job()),
+    ]
     return [*float32, *(job.bfloat16() for job in float32 if job.x.shape[1] < 1000)]
 
 
 def test_every_job_is_decided() -> None:
     for job in jobs():
-        margin = reference.margin(job.signal.float(), job.r, job.n_prefix, job.raster)
+        if job.operator is not MERGE:
+            continue
+        margin = reference.margin(job.given("signal").float(), **job.attributes)
         assert ((margin == 0) | (margin > UNDECIDED)).all(), job.name
 
 
@@ -256,36 +314,43 @@ def test_the_kernel_computes_the_reference(
     assert done.returncode == 0, done.stderr
     with results.open("rb") as file:
         for job in jobs():
-            x, size, target, norm, log_size = job.unpack(file)
-            job.check([x, size, target])
-            job.check_what_follows(x, size, norm, log_size)
+            *own, norm, log_size = job.unpack(file)
+            job.check(own)
+            job.check_what_follows(own[0], own[1], norm, log_size)
         assert not file.read(1)
 
 
 # --- inside the runtimes
 
 Session = Callable[[list[np.ndarray]], list[np.ndarray]]
-PATTERN_X, PATTERN_SIZE, PATTERN_SIGNAL = ("B", "N", "C"), ("S", "N", 1), ("B", "G", "N", "D")
+
+
+def outputs_of(operator: Operator) -> list[str]:
+    return [f"{name}_out" for name in operator.outputs]
 
 
 def node_alone(
+    operator: Operator,
+    attributes: dict[str, int],
     *,
-    x: tuple = PATTERN_X,
-    size: tuple = PATTERN_SIZE,
-    signal: tuple = PATTERN_SIGNAL,
+    dims: dict[str, tuple] = DIMS,
     dtype: int = TensorProto.FLOAT,
-    n_inputs: int = 3,
-    **attributes: int,
+    left_out: int = 0,
 ) -> bytes:
     """A model of one node that has no body: nothing but a kernel can compute it."""
-    shapes = list(zip(INPUTS, (x, size, signal), strict=True))[:n_inputs]
-    node = helper.make_node(MERGE.name, INPUTS[:n_inputs], OUTPUTS, domain=DOMAIN, **attributes)
-    types = (dtype, dtype, TensorProto.INT64)
+
+    def value(name: str, shape: tuple | None) -> onnx.ValueInfoProto:
+        whole = name.startswith("target")
+        return helper.make_tensor_value_info(name, TensorProto.INT64 if whole else dtype, shape)
+
+    inputs = operator.inputs[: len(operator.inputs) - left_out]
+    outputs = outputs_of(operator)
+    node = helper.make_node(operator.name, inputs, outputs, domain=DOMAIN, **attributes)
     graph = helper.make_graph(
         [node],
         "one_node",
-        [helper.make_tensor_value_info(name, dtype, shape) for name, shape in shapes],
-        [helper.make_tensor_value_info(*pair, None) for pair in zip(OUTPUTS, types, strict=True)],
+        [value(name, dims[name]) for name in inputs],
+        [value(name, None) for name in outputs],
     )
     versions = [helper.make_opsetid("", 18), helper.make_opsetid(DOMAIN, 1)]
     return helper.make_model(graph, opset_imports=versions, ir_version=10).SerializeToString()
@@ -297,7 +362,8 @@ def onnxruntime_session(model: bytes, library: Path) -> Session:
     options.intra_op_num_threads = 2
     options.log_severity_level = 4
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    return lambda inputs: session.run(OUTPUTS, dict(zip(INPUTS, inputs, strict=True)))
+    names = [each.name for each in session.get_inputs()]
+    return lambda inputs: session.run(None, dict(zip(names, inputs, strict=True)))
 
 
 def openvino_session(model: bytes, library: Path) -> Session:
@@ -307,9 +373,8 @@ def openvino_session(model: bytes, library: Path) -> Session:
     compiled = core.compile_model(core.read_model(model), "CPU", hints)
 
     def call(inputs: list[np.ndarray]) -> list[np.ndarray]:
-        request = compiled.create_infer_request()
-        results = request.infer(dict(zip(INPUTS, inputs, strict=True)))
-        return [np.array(results[name]) for name in OUTPUTS]
+        results = compiled.create_infer_request().infer(inputs)
+        return [np.array(results[port]) for port in compiled.outputs]
 
     return call
 
@@ -331,16 +396,46 @@ def session(request: pytest.FixtureRequest, libraries: dict[str, Path]) -> Calla
     return lambda model: SESSIONS[request.param](model, libraries[request.param])
 
 
-def fixed(case: Case, **shapes: tuple) -> bytes:
+def arrays(case: Any) -> list[np.ndarray]:
+    return [tensor.numpy() for tensor in case.inputs()]
+
+
+def fixed(operator: Operator, case: Any, **dims: tuple) -> bytes:
     """A model for the shapes of a case."""
-    own = {name: array.shape for name, array in zip(INPUTS, arrays(case), strict=True)}
-    return node_alone(**own | shapes, **attributes(case))
+    own = {n: a.shape for n, a in zip(operator.inputs, arrays(case), strict=True)}
+    return node_alone(operator, case.attributes, dims=own | dims)
 
 
-@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
-def test_both_runtimes_compute_the_reference(session: Callable, case: Case) -> None:
+def check(operator: Operator, case: Any, inputs: list[np.ndarray], found: list[np.ndarray]) -> None:
+    job = Job(case.name, operator, case.attributes, tuple(map(torch.from_numpy, inputs)))
+    job.check([torch.from_numpy(array) for array in found])
+    assert [a.dtype for a in found] == [t.numpy().dtype for t in job.expected]
+
+
+EXAMPLES = {
+    "Merge": Case(197, 16, 1, groups=3, dim=64, channels=192),
+    "Reduce": ReduceCase(197, 57, channels=192, dropped=20),
+}
+each_operator = pytest.mark.parametrize("operator", OPERATORS, ids=lambda each: each.name)
+
+
+def test_every_operator_has_an_example() -> None:
+    assert [*EXAMPLES] == [operator.name for operator in OPERATORS]
+
+
+@pytest.mark.parametrize(
+    ("operator", "case"),
+    [
+        pytest.param(operator, case, id=f"{operator.name}-{case.name}")
+        for operator in OPERATORS
+        for case in operator.cases()
+    ],
+)
+def test_both_runtimes_compute_the_reference(
+    session: Callable, operator: Operator, case: Any
+) -> None:
     inputs = arrays(case)
-    assert_equal(session(fixed(case))(inputs), run_reference(case, inputs))
+    check(operator, case, inputs, session(fixed(operator, case))(inputs))
 
 
 @pytest.mark.parametrize("r", [0, 12])
@@ -348,15 +443,24 @@ def test_one_size_serves_all_images(session: Callable, r: int) -> None:
     case = Case(41, r, 1, batch=3)
     x, size, signal = arrays(case)
     inputs = [x, size[:1], signal]
-    found = session(fixed(case, size=size[:1].shape))(inputs)
-    assert_equal(found, run_reference(case, inputs))
+    check(MERGE, case, inputs, session(fixed(MERGE, case, size=size[:1].shape))(inputs))
 
 
-def test_sizes_may_change_from_call_to_call(session: Callable) -> None:
-    call = session(node_alone(r=8, n_prefix=1))
-    for n, batch, groups, dim in [(40, 1, 1, 16), (300, 3, 2, 9), (17, 1, 12, 64), (150, 2, 1, 5)]:
-        case = Case(n, 8, 1, batch=batch, groups=groups, dim=dim, channels=n // 3)
-        assert_equal(call(arrays(case)), run_reference(case, arrays(case)))
+@each_operator
+def test_sizes_may_change_from_call_to_call(session: Callable, operator: Operator) -> None:
+    example = replace(
+        EXAMPLES[operator.name], r=8, **({"dropped": 3} if operator is REDUCE else {})
+    )
+    call = session(node_alone(operator, example.attributes))
+    for n, batch, more in [
+        (40, 1, {"groups": 1, "dim": 16}),
+        (300, 3, {"groups": 2, "dim": 9}),
+        (17, 1, {"groups": 12, "dim": 64}),
+        (150, 2, {"groups": 1, "dim": 5}),
+    ]:
+        more = more if operator is MERGE else {}
+        case = replace(example, n=n, batch=batch, channels=n // 3, **more)
+        check(operator, case, arrays(case), call(arrays(case)))
 
 
 def test_the_kernel_wins_over_the_body(session: Callable) -> None:
@@ -366,19 +470,21 @@ def test_the_kernel_wins_over_the_body(session: Callable) -> None:
         if attribute.name == "n_prefix":  # the body knows nothing of this
             attribute.i = 1
     found = session(model.SerializeToString())(arrays(case))
-    assert_equal(found, run_reference(case, arrays(case)))
+    check(MERGE, case, arrays(case), found)
 
 
 @pytest.mark.openvino
-def test_openvino_computes_bfloat16(libraries: dict[str, Path]) -> None:
-    job = Job("", 16, 1, *Case(197, 16, 1, batch=3, groups=3, dim=64).inputs()).bfloat16()
-    model = onnx.load_from_string(node_alone(r=job.r, n_prefix=job.n_prefix))
-    for port in (model.graph.input[0], model.graph.input[2], model.graph.output[0]):
-        port.type.tensor_type.elem_type = TensorProto.BFLOAT16
+@each_operator
+def test_openvino_computes_bfloat16(libraries: dict[str, Path], operator: Operator) -> None:
+    job = job_of(operator, replace(EXAMPLES[operator.name], batch=3)).bfloat16()
+    model = onnx.load_from_string(node_alone(operator, job.attributes))
+    for port in (*model.graph.input, model.graph.output[0]):
+        if port.name in (*REAL, "x_out"):
+            port.type.tensor_type.elem_type = TensorProto.BFLOAT16
     core = openvino.Core()
     core.add_extension(str(libraries["openvino"]))
     read = core.read_model(model.SerializeToString())
-    (node,) = (op for op in read.get_ops() if op.get_type_name() == MERGE.name)
+    (node,) = (op for op in read.get_ops() if op.get_type_name() == operator.name)
 
     def wrap(tensor: Tensor) -> openvino.Tensor:  # which shares its memory
         if tensor.dtype != torch.bfloat16:
@@ -390,25 +496,27 @@ def test_openvino_computes_bfloat16(libraries: dict[str, Path]) -> None:
         torch.empty_like(e).to(job.x.dtype if i == 0 else e.dtype)
         for i, e in enumerate(job.expected)
     ]
-    assert node.evaluate([*map(wrap, found)], [*map(wrap, (job.x, job.size, job.signal))])
+    assert node.evaluate([*map(wrap, found)], [*map(wrap, job.inputs)])
     job.check(found)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_four_threads_may_call_one_session(session: Callable, batch: int) -> None:
-    case = Case(197, 16, 1, batch=batch, groups=3, dim=64, channels=192)
-    x, size, signal = arrays(case)
+@each_operator
+def test_four_threads_may_call_one_session(
+    session: Callable, operator: Operator, batch: int
+) -> None:
+    case = replace(EXAMPLES[operator.name], batch=batch)
     inputs = [
-        [np.roll(array, shift, axis) for array, axis in ((x, 1), (size, 1), (signal, 2))]
+        [np.roll(array, shift, array.shape.index(case.n)) for array in arrays(case)]
         for shift in range(4)
     ]
-    expected = [run_reference(case, each) for each in inputs]
-    assert all((margins(signal, case) > UNDECIDED).all() for _, _, signal in inputs)
-    call = session(fixed(case))
+    if operator is MERGE:
+        assert all((margins(signal, case) > UNDECIDED).all() for _, _, signal in inputs)
+    call = session(fixed(operator, case))
 
     def repeat(thread: int) -> None:
         for _ in range(50):
-            assert_equal(call(inputs[thread]), expected[thread])
+            check(operator, case, inputs[thread], call(inputs[thread]))
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(repeat, range(4)))
@@ -422,53 +530,96 @@ def refuse(session: Callable, model: bytes, inputs: list[np.ndarray], message: s
         session(model)(inputs)
 
 
+FITTING = {
+    "x": (2, 41, 24),
+    "size": (2, 41, 1),
+    "signal": (2, 1, 41, 16),
+    "mass": (2, 41, 1),
+    "target": (2, 41),
+    "weight": (2, 41, 1),
+}
+
+
 @pytest.mark.parametrize(
-    "shapes",
+    ("operator", "name", "shape"),
     [
-        {"signal": (2, 41, 16)},
-        {"x": (41, 24)},
-        {"size": (41,)},
-        {"size": (2, 41, 2)},
-        {"size": (2, 40, 1)},
-        {"size": (3, 41, 1)},
-        {"signal": (2, 1, 40, 16)},
-        {"signal": (1, 1, 41, 16)},
+        (MERGE, "signal", (2, 41, 16)),
+        (MERGE, "x", (41, 24)),
+        (MERGE, "size", (41,)),
+        (MERGE, "size", (2, 41, 2)),
+        (MERGE, "size", (2, 40, 1)),
+        (MERGE, "size", (3, 41, 1)),
+        (MERGE, "signal", (2, 1, 40, 16)),
+        (MERGE, "signal", (1, 1, 41, 16)),
+        (REDUCE, "x", (2, 41)),
+        (REDUCE, "x", (2, 1, 1, 41, 24)),
+        (REDUCE, "mass", (1, 41, 1)),
+        (REDUCE, "mass", (2, 41, 24)),
+        (REDUCE, "target", (2, 40)),
+        (REDUCE, "target", (2, 41, 1)),
+        (REDUCE, "weight", (2, 41)),
     ],
-    ids=str,
 )
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_shapes_that_do_not_fit(session: Callable, shapes: dict, dynamic: bool) -> None:
-    fitting = {"x": (2, 41, 24), "size": (2, 41, 1), "signal": (2, 1, 41, 16)}
-    given = fitting | shapes
-    declared = {name: (None,) * len(shape) for name, shape in given.items()} if dynamic else given
-    inputs = [np.ones(shape, np.float32) for shape in given.values()]
-    wanted = r"x \(B,N,C\), size \(B,N,1\),? (and )?signal \(B,G,N,D\) wanted"
-    refuse(session, node_alone(**declared, r=8, n_prefix=1), inputs, wanted)
+def test_shapes_that_do_not_fit(
+    session: Callable, operator: Operator, name: str, shape: tuple, dynamic: bool
+) -> None:
+    given = {each: FITTING[each] for each in operator.inputs} | {name: shape}
+    dims = {n: (None,) * len(s) for n, s in given.items()} if dynamic else given
+    inputs = [np.ones(s, np.int64 if n == "target" else np.float32) for n, s in given.items()]
+    wanted = ", ".join(
+        f"{n} ({','.join(map(str, DIMS[n]))})".replace("S", "B") for n in operator.inputs
+    )
+    model = node_alone(operator, {**EXAMPLES[operator.name].attributes, "r": 8}, dims=dims)
+    refuse(session, model, inputs, re.escape(f"{wanted} wanted"))
 
 
-@pytest.mark.parametrize(("r", "n_prefix"), [(21, 1), (20, 2), (-1, 1), (1, -1), (0, 42)])
+@pytest.mark.parametrize(
+    ("operator", "attributes", "message"),
+    [
+        *(
+            (MERGE, {"r": r, "n_prefix": p}, "r must be 0 to half of the tokens after the prefix")
+            for r, p in [(21, 1), (20, 2), (-1, 1), (1, -1), (0, 42)]
+        ),
+        *(
+            (REDUCE, {"r": r, "mean": 1}, "r must be 0 to one less than the tokens")
+            for r in (-1, 41, 42)
+        ),
+    ],
+)
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_counts_that_cannot_be(session: Callable, r: int, n_prefix: int, dynamic: bool) -> None:
-    case = Case(41, r, n_prefix)
-    model = node_alone(r=r, n_prefix=n_prefix) if dynamic else fixed(case)
-    refuse(session, model, arrays(case), "r must be 0 to half of the tokens after the prefix")
+def test_counts_that_cannot_be(
+    session: Callable, operator: Operator, attributes: dict, message: str, dynamic: bool
+) -> None:
+    case = replace(EXAMPLES[operator.name], n=41, r=21)
+    inputs = arrays(case)
+    own = {n: a.shape for n, a in zip(operator.inputs, inputs, strict=True)}
+    model = node_alone(operator, attributes, dims=DIMS if dynamic else own)
+    refuse(session, model, inputs, message)
 
 
-@pytest.mark.parametrize("left_out", ["r", "n_prefix"])
-def test_attributes_that_are_missing(session: Callable, left_out: str) -> None:
-    attributes = {"r": 8, "n_prefix": 1}
-    del attributes[left_out]
-    refuse(session, node_alone(**attributes), arrays(Case(41, 8, 1)), left_out)
+@pytest.mark.parametrize(
+    ("operator", "left_out"),
+    [(MERGE, "r"), (MERGE, "n_prefix"), (REDUCE, "r"), (REDUCE, "mean")],
+)
+def test_attributes_that_are_missing(session: Callable, operator: Operator, left_out: str) -> None:
+    case = EXAMPLES[operator.name]
+    attributes = {name: value for name, value in case.attributes.items() if name != left_out}
+    refuse(session, node_alone(operator, attributes), arrays(case), rf"\b{left_out}\b")
 
 
-def test_an_input_that_is_missing(session: Callable) -> None:
-    inputs = arrays(Case(41, 8, 1))[:2]
-    refuse(session, node_alone(n_inputs=2, r=8, n_prefix=1), inputs, "input size 2|index '2'")
+@each_operator
+def test_an_input_that_is_missing(session: Callable, operator: Operator) -> None:
+    case, n = EXAMPLES[operator.name], len(operator.inputs) - 1
+    model = node_alone(operator, case.attributes, left_out=1)
+    refuse(session, model, arrays(case)[:n], f"input size {n}|index '{n}'")
 
 
-def test_a_type_that_it_cannot_compute(session: Callable) -> None:
-    inputs = [array.astype(np.float64) for array in arrays(Case(41, 8, 1))]
-    model = node_alone(dtype=TensorProto.DOUBLE, r=8, n_prefix=1)
+@each_operator
+def test_a_type_that_it_cannot_compute(session: Callable, operator: Operator) -> None:
+    case = EXAMPLES[operator.name]
+    inputs = [a.astype(np.float64) if a.dtype == np.float32 else a for a in arrays(case)]
+    model = node_alone(operator, case.attributes, dtype=TensorProto.DOUBLE)
     refuse(session, model, inputs, "double|f64")
 
 

@@ -103,10 +103,14 @@ def test_without_bfloat16_no_type_changes(read):
 
 
 @pytest.mark.parametrize("precision", ["f32", "bf16"])
-@pytest.mark.parametrize("method", ["const:8", "exp:0.25,0"])
-def test_any_batch_gives_the_same(fused, seeded, natural_images, tmp_path, precision, method):
+@pytest.mark.parametrize(
+    ("schedule", "method"), [("const:8", None), ("exp:0.25,0", None), ("keep:0.7@1,3", "evit")]
+)
+def test_any_batch_gives_the_same(
+    fused, seeded, natural_images, tmp_path, precision, schedule, method
+):
     path = tmp_path / "model.onnx"
-    tomexport.export(seeded("test_vit"), method, path, batch=None, verify=False)
+    tomexport.export(seeded("test_vit"), schedule, path, method=method, batch=None, verify=False)
     images = natural_images(160)[:3]
     quick = tomexport.load(path, "openvino", precision=precision)
     exact = tomexport.load(path, "onnxruntime", kernels="off")
@@ -116,19 +120,56 @@ def test_any_batch_gives_the_same(fused, seeded, natural_images, tmp_path, preci
         assert found.dtype == np.float32
 
 
-def chain(library, *, axes=(-1,), epsilon_inside=True, variance=True, weight=(24,), spy=False):
-    """A merge and a norm: a LayerNorm over channels, unless told otherwise."""
+X, SCALAR, SIGNAL, TARGET = (1, 41, 24), (1, 41, 1), (1, 1, 41, 16), (1, 41)
+INPUTS = {"Merge": (X, SCALAR, SIGNAL), "Reduce": (X, SCALAR, TARGET, SCALAR)}
+ATTRIBUTES = {"Merge": {"r": 8, "n_prefix": 1}, "Reduce": {"r": 8, "mean": 1}}
+
+
+def chain(
+    library,
+    kind="Merge",
+    *,
+    axes=(-1,),
+    epsilon_inside=True,
+    variance=True,
+    weight=(24,),
+    spy=False,
+):
+    """A reduction and a norm: a LayerNorm over channels, unless told otherwise."""
     factory = NodeFactory()
     factory.add_extension(str(library))
-    x, size, signal = (ops.parameter(s, F32) for s in ((1, 41, 24), (1, 41, 1), (1, 1, 41, 16)))
-    merge = factory.create("Merge", [x, size, signal], {"r": 8, "n_prefix": 1})
+    types = ((s, openvino.Type.i64 if s == TARGET else F32) for s in INPUTS[kind])
+    inputs = [ops.parameter(*each) for each in types]
+    merge = factory.create(kind, inputs, ATTRIBUTES[kind])
     mode = "inside_sqrt" if epsilon_inside else "outside_sqrt"
     mvn = ops.mvn(merge.output(0), ops.constant(list(axes)), variance, 1e-6, mode)
     rng = np.random.default_rng(0)
     scaled = ops.multiply(mvn, ops.constant(rng.standard_normal(weight).astype(np.float32)))
     norm = ops.add(scaled, ops.constant(rng.standard_normal(24).astype(np.float32)))
-    results = [norm.output(0), merge.output(2), *([scaled.output(0)] if spy else [])]
-    return openvino.Model(results, [x, size, signal], "chain")
+    results = [norm.output(0), *merge.outputs()[1:], *([scaled.output(0)] if spy else [])]
+    return openvino.Model(results, inputs, "chain")
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_any_operator_takes_over_a_norm_and_computes_the_same(library, kind, bfloat16):
+    model = chain(library, kind)
+    openvino_graph.prepare(model, library, bfloat16=bfloat16)
+    assert kinds(model)["MVN"] == 0
+    random = np.random.default_rng(1)
+    arrays = [
+        np.arange(41)[None] % 33
+        if s == TARGET
+        else random.integers(8, 24, s).astype(np.float32) / 16
+        for s in INPUTS[kind]
+    ]
+    before, after = (
+        openvino.Core().compile_model(m, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(arrays)
+        for m in (chain(library, kind), model)
+    )
+    atol = 0.1 if bfloat16 else 1e-5
+    np.testing.assert_allclose(after[0], before[0], rtol=0, atol=atol)
+    np.testing.assert_array_equal(after[1], before[1])
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,11 @@
 
 Two things that a file cannot say, because they serve this runtime alone:
 
-- The LayerNorm and the logarithm that follow a merge become part of its kernel, which has the token
-  at hand. The node then has two more inputs, weight and offset, and two more outputs.
+- The LayerNorm and the logarithm that follow a reduction become part of its kernel, which has the
+  token at hand. The node then has two more inputs, weight and offset, and two more outputs.
 - Where OpenVINO computes in bfloat16, it runs nodes of other makers in the types that the graph
   says, which are float32, and converts around them. So our nodes are told to take and to give
-  bfloat16; only sizes stay in float32.
+  bfloat16; only what they want in float32, like sizes, stays so.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any
 from tomexport.artifact import DOMAIN
 from tomexport.errors import need
 
-_X, _SIZE, _SIGNAL = range(3)  # inputs of ours, of which the first two are outputs too
+_X, _SIZE = range(2)  # the first outputs of ours
+_REAL = f"{DOMAIN}.real"  # our nodes mark the inputs that are of the type of x, which comes first
 
 
 def prepare(model: Any, library: Path, *, bfloat16: bool) -> None:
@@ -116,9 +117,9 @@ def _is_constant(value: Any) -> bool:
 
 def _compute_in_bfloat16(node: Any) -> None:
     types = need("openvino", "openvino").Type
-    for index in (_X, _SIGNAL):
-        reader = node.input(index)
-        reader.replace_source_output(_converted(reader.get_source_output(), types.bf16))
+    for reader in node.inputs():
+        if _REAL in reader.get_rt_info():
+            reader.replace_source_output(_converted(reader.get_source_output(), types.bf16))
     node.validate_and_infer_types()
     for output in node.outputs():
         readers = output.get_target_inputs()

@@ -36,6 +36,11 @@ class Case:
         return f"{sizes}-c{self.channels}-{self.directions}{'-raster' if self.raster else ''}"
 
     @property
+    def attributes(self) -> dict[str, int]:
+        """The node's attributes."""
+        return {"r": self.r, "n_prefix": self.n_prefix} | ({"raster": 1} if self.raster else {})
+
+    @property
     def broken(self) -> int | None:
         """The image in which tokens have no direction, if there is one."""
         return self.batch // 2 if self.directions in ("lost", "none") else None

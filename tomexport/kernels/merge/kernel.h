@@ -11,26 +11,36 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <iterator>
 #include <limits>
 
 #include "operator.h"
 #include "simd.h"
+#include "slots.h"
 
 namespace tomexport {
 
 class Merge {
   public:
     static constexpr const char *kName = "Merge";
-
     // `raster`: slots stand in the order of their first tokens.
-    Merge(std::int64_t r, std::int64_t n_prefix, bool raster)
-        : r_(r), prefix_(n_prefix), raster_(raster) {}
+    static constexpr Attribute kAttributes[] = {{"r"}, {"n_prefix"}, {"raster", true}};
+    enum In { kX, kSize, kSignal };
+    static constexpr Port kInputs[] = {{"x", Type::kReal, "BNC"},
+                                       {"size", Type::kFloat, "SN1"},
+                                       {"signal", Type::kReal, "BGND"},
+                                       kNormWeight, kNormOffset};
+    enum Out { kMerged, kMergedSize, kTarget };
+    static constexpr Port kOutputs[] = {{"x", Type::kReal, "BMC"},
+                                        {"size", Type::kFloat, "BM1"},
+                                        {"target", Type::kInteger, "BN"},
+                                        kNorm, kLogSize};
+
+    explicit Merge(const std::int64_t *attributes)
+        : r_(attributes[0]), prefix_(attributes[1]), raster_(attributes[2] != 0) {}
 
     std::int64_t removed() const { return r_; }
 
-    // Why it cannot be computed for so many tokens, or nullptr.
     const char *refusal(std::int64_t n_tokens) const {
         if (n_tokens > std::numeric_limits<std::int32_t>::max()) return "2^31 tokens or more";
         if (r_ < 0 || prefix_ < 0 || prefix_ > n_tokens || r_ > (n_tokens - prefix_) / 2)
@@ -38,11 +48,9 @@ class Merge {
         return nullptr;
     }
 
-    // Computes image `index` of a call.
-    template <class T>
-    void run(const Call<T> &call, std::int64_t index, const Threads &threads) const {
+    template <class T> void run(const Call &call, const Threads &threads) const {
         thread_local Workspace workspace;
-        const Image<T> m = layout(call, index, workspace);
+        const Image<T> m = layout<T>(call, workspace);
         if (r_ == 0) return identity(m);
         const std::size_t n_tiles = static_cast<std::size_t>(m.rows / kRows);
         const std::size_t n_members = std::min({threads.most(), n_tiles, Team::kMembers});
@@ -56,7 +64,7 @@ class Merge {
             each(0, (std::max(m.rows, m.columns) + kLanes - 1) / kLanes, 1, [&](std::int64_t i) { fill(m, i * kLanes); });
             each(1, m.rows / kRows, 1, [&](std::int64_t i) { match_rows(m, i * kRows); });
             each(2, 1, 1, [&](std::int64_t) { choose(m); });
-            each(3, m.n - r_, kSlots, [&](std::int64_t slot) { reduce_slot(m, slot), follow(m, slot); });
+            each(3, m.n - r_, kSlots, [&](std::int64_t slot) { m.slots.reduce(slot); });
         });
     }
 
@@ -70,51 +78,36 @@ class Merge {
     bool raster_;
 
     template <class T> struct Image {
-        std::int64_t n, channels, groups, dims;
+        std::int64_t n, groups, dims;
         std::int64_t first_a, first_b;       // A is first_a, first_a + 2, …; B likewise
         std::int64_t n_a, n_b, slot_b;       // |A|, |B|, the first slot of B
         std::int64_t rows, columns, width;   // |A|, |B|, D rounded up to tiles, panels, vectors
-        const T *x, *signal;
-        const float *size;
-        T *x_out;
-        float *size_out;
+        const T *signal;
         std::int64_t *target;
-        const float *norm_weight, *norm_offset;
-        float epsilon;
-        T *norm_out;
-        T *log_size_out;
+        Slots<T> slots;
         float *a, *b;           // directions: (rows, width) and (columns / kColumns, D, kColumns)
         float *row;             // (columns / lanes, width) a token on its way into its panel
         float *best;            // (rows) the largest similarity of each row of A
         std::int32_t *partner;  // (rows) the column of B where it is
         std::uint32_t *rank;    // (|A| rounded up to vectors) sort keys, ascending is better
-        std::int32_t *first;    // (M) the token that a slot begins with
-        std::int32_t *next;     // (N) the token that shares its slot and comes after it, or −1
         std::int32_t *number;   // (M) the place of a slot in raster order, or −1
     };
 
     static std::int64_t up(std::int64_t n, std::int64_t step) { return (n + step - 1) / step * step; }
 
-    template <class T>
-    Image<T> layout(const Call<T> &c, std::int64_t index, Workspace &workspace) const {
+    template <class T> Image<T> layout(const Call &call, Workspace &workspace) const {
         Image<T> m{};
-        m.n = c.n_tokens, m.channels = c.n_channels, m.groups = c.n_groups, m.dims = c.n_dims;
+        const Sizes &sizes = call.sizes;
+        m.n = sizes['N'], m.groups = sizes['G'], m.dims = sizes['D'];
         m.first_a = prefix_ + prefix_ % 2, m.first_b = prefix_ + 1 - prefix_ % 2;
         m.n_a = (m.n - m.first_a + 1) / 2, m.n_b = (m.n - m.first_b + 1) / 2;
         m.slot_b = prefix_ + m.n_a - r_;
         m.rows = up(m.n_a, kRows), m.columns = up(m.n_b, kColumns), m.width = up(m.dims, kLanes);
-        const std::int64_t n_out = m.n - r_;
-        m.x = c.x + index * m.n * m.channels;
-        m.size = c.size + (c.one_size ? 0 : index * m.n);
-        m.signal = c.signal + index * m.groups * m.n * m.dims;
-        m.x_out = c.x_out + index * n_out * m.channels;
-        m.size_out = c.size_out + index * n_out;
-        m.target = c.target + index * m.n;
-        if (c.norm_out) {
-            m.norm_weight = c.norm_weight, m.norm_offset = c.norm_offset, m.epsilon = c.epsilon;
-            m.norm_out = c.norm_out + index * n_out * m.channels;
-            m.log_size_out = c.log_size_out + index * n_out;
-        }
+        const std::int64_t n_out = sizes['M'];
+        const float *size = call.input<float>(kSize);
+        m.signal = call.input<T>(kSignal);
+        m.target = call.output<std::int64_t>(kTarget);
+        m.slots = tomexport::slots<Merge, T>(call, size, size, true);
         if (r_ == 0) return m;
 
         const std::int64_t n_rank = up(m.n_a, kLanes);
@@ -129,16 +122,17 @@ class Merge {
         m.best = workspace.take<float>(counts[3]);
         m.partner = workspace.take<std::int32_t>(counts[4]);
         m.rank = workspace.take<std::uint32_t>(counts[5]);
-        m.first = workspace.take<std::int32_t>(counts[6]);
-        m.next = workspace.take<std::int32_t>(counts[7]);
+        m.slots.first = workspace.take<std::int32_t>(counts[6]);
+        m.slots.next = workspace.take<std::int32_t>(counts[7]);
         m.number = workspace.take<std::int32_t>(counts[8]);
         return m;
     }
 
     template <class T> static void identity(const Image<T> &m) {
-        std::copy_n(m.x, m.n * m.channels, m.x_out);
-        std::copy_n(m.size, m.n, m.size_out);
-        for (std::int64_t i = 0; i < m.n; ++i) m.target[i] = i, follow(m, i);
+        const Slots<T> &s = m.slots;
+        std::copy_n(s.x, m.n * s.channels, s.x_out);
+        std::copy_n(s.mass, m.n, s.size_out);
+        for (std::int64_t i = 0; i < m.n; ++i) m.target[i] = i, s.follow(i);
     }
 
     // --- directions
@@ -251,7 +245,7 @@ class Merge {
         std::int64_t n_ties = r_;  // how many of those at `last` merge: the first ones
         for (std::int64_t i = 0; i < m.n_a; ++i) n_ties -= m.rank[i] < last;
 
-        std::fill_n(m.next, m.n, -1);
+        std::fill_n(m.slots.next, m.n, -1);
         for (std::int64_t i = 0; i < prefix_; ++i) begin_slot(m, i, i);
         for (std::int64_t j = 0; j < m.n_b; ++j) begin_slot(m, m.slot_b + j, m.first_b + 2 * j);
         std::int64_t n_kept = 0;
@@ -269,7 +263,7 @@ class Merge {
     template <class T> void number_slots(const Image<T> &m) const {
         std::int32_t n_begun = 0;
         std::fill_n(m.number, m.n - r_, -1);
-        std::fill_n(m.next, m.n, -1);
+        std::fill_n(m.slots.next, m.n, -1);
         for (std::int64_t token = 0; token < m.n; ++token) {
             std::int32_t &number = m.number[m.target[token]];
             if (number >= 0) join_slot(m, number, token);
@@ -280,10 +274,10 @@ class Merge {
     // Without a prefix, what is kept of A comes by descending score.
     template <class T> static void order_kept(const Image<T> &m) {
         const auto rank = [&m](std::int32_t token) { return m.rank[(token - m.first_a) / 2]; };
-        std::stable_sort(m.first, m.first + m.slot_b, [&rank](std::int32_t p, std::int32_t q) {
+        std::stable_sort(m.slots.first, m.slots.first + m.slot_b, [&rank](std::int32_t p, std::int32_t q) {
             return rank(p) < rank(q);
         });
-        for (std::int64_t slot = 0; slot < m.slot_b; ++slot) begin_slot(m, slot, m.first[slot]);
+        for (std::int64_t slot = 0; slot < m.slot_b; ++slot) begin_slot(m, slot, m.slots.first[slot]);
     }
 
     // Floats as unsigned integers in the opposite order; −0 and 0 are the same.
@@ -307,69 +301,15 @@ class Merge {
     template <class T>
     static void begin_slot(const Image<T> &m, std::int64_t slot, std::int64_t token) {
         m.target[token] = slot;
-        m.first[slot] = static_cast<std::int32_t>(token);
-        m.size_out[slot] = m.size[token];
+        m.slots.first[slot] = static_cast<std::int32_t>(token);
     }
 
     template <class T>
     static void join_slot(const Image<T> &m, std::int64_t slot, std::int64_t token) {
-        const std::int32_t head = m.first[slot];
+        std::int32_t *const next = m.slots.next, head = m.slots.first[slot];
         m.target[token] = slot;
-        m.next[token] = m.next[head];
-        m.next[head] = static_cast<std::int32_t>(token);
-        m.size_out[slot] += m.size[token];
-    }
-
-    // --- reduce
-
-    template <class T> static void reduce_slot(const Image<T> &m, std::int64_t slot) {
-        const std::int32_t head = m.first[slot];
-        const T *in = m.x + head * m.channels;
-        T *out = m.x_out + slot * m.channels;
-        if (m.next[head] < 0) {
-            std::memcpy(out, in, static_cast<std::size_t>(m.channels) * sizeof(T));
-            return;
-        }
-        constexpr std::int64_t kBlock = 64;  // channels whose sums stay in registers or close by
-        for (std::int64_t begin = 0; begin < m.channels; begin += kBlock) {
-            const std::int64_t n = std::min(kBlock, m.channels - begin);
-            float sums[kBlock] = {};
-            for (std::int32_t token = head; token >= 0; token = m.next[token]) {
-                in = m.x + token * m.channels + begin;
-                for (std::int64_t c = 0; c < n; ++c) sums[c] += load_one(in + c) * m.size[token];
-            }
-            for (std::int64_t c = 0; c < n; ++c) store_one(out + begin + c, sums[c] / m.size_out[slot]);
-        }
-    }
-
-    // --- what follows, where it is asked for
-
-    template <class T> static void follow(const Image<T> &m, std::int64_t slot) {
-        if (!m.norm_out) return;
-        store_one(m.log_size_out + slot, std::log(m.size_out[slot]));
-        layer_norm(m, m.x_out + slot * m.channels, m.norm_out + slot * m.channels);
-    }
-
-    template <class T> static void layer_norm(const Image<T> &m, const T *in, T *out) {
-        const float n = static_cast<float>(m.channels);
-        const float mean = total(in, m.channels, [](auto v) { return v; }) / n;
-        const float variance = total(in, m.channels, [mean](auto v) { return (v - mean) * (v - mean); }) / n;
-        const float scale = 1.f / std::sqrt(variance + m.epsilon);
-        std::int64_t c = 0;
-        for (; c + kLanes <= m.channels; c += kLanes)
-            store(out + c, (load(in + c) - mean) * scale * load(m.norm_weight + c) + load(m.norm_offset + c));
-        for (; c < m.channels; ++c)
-            store_one(out + c, (load_one(in + c) - mean) * scale * m.norm_weight[c] + m.norm_offset[c]);
-    }
-
-    // The sum of f(value) over n values.
-    template <class T, class F> static float total(const T *in, std::int64_t n, const F &f) {
-        Floats lanes{};
-        float rest = 0.f;
-        std::int64_t c = 0;
-        for (; c + kLanes <= n; c += kLanes) lanes += f(load(in + c));
-        for (; c < n; ++c) rest += f(load_one(in + c));
-        return sum(lanes) + rest;
+        next[token] = next[head];
+        next[head] = static_cast<std::int32_t>(token);
     }
 };
 

@@ -16,18 +16,14 @@ template <class Operator> struct Kernel {
     Operator op;
 };
 
-struct Dims {
-    std::int64_t values[4] = {};
-    std::size_t n = 0;
-};
-
-Status *fail(const Api &api, const char *name, const char *what) {
+Status *fail(const Api &api, const char *name, const std::string &what) {
     char text[200];
-    std::snprintf(text, sizeof text, "%s.%s: %s", kDomain, name, what);
+    std::snprintf(text, sizeof text, "%s.%s: %s", kDomain, name, what.c_str());
     return api.create_status(ErrorCode::kInvalidArgument, text);
 }
 
-Status *read(const Api &api, const KernelContext *context, std::size_t index, const float **data,
+// Dims beyond the most that an operator has stay unread; the array does not fit then.
+Status *read(const Api &api, const KernelContext *context, std::size_t index, const void **data,
              Dims *dims) {
     const Value *value = nullptr;
     ShapeInfo *info = nullptr;
@@ -36,46 +32,42 @@ Status *read(const Api &api, const KernelContext *context, std::size_t index, co
     if (Status *s = api.data(const_cast<Value *>(value), &memory)) return s;
     if (Status *s = api.shape(value, &info)) return s;
     Status *status = api.n_dims(info, &dims->n);
-    if (!status && dims->n <= 4) status = api.dims(info, dims->values, dims->n);
+    if (!status && dims->n <= kMostAxes) status = api.dims(info, dims->values, dims->n);
     api.release(info);
-    *data = static_cast<const float *>(memory);
+    *data = memory;
     return status;
 }
 
-template <class T> Status *write(const Api &api, KernelContext *context, std::size_t index,
-                                 std::initializer_list<std::int64_t> dims, T **data) {
+Status *write(const Api &api, KernelContext *context, std::size_t index, const Dims &dims,
+              void **data) {
     Value *value = nullptr;
-    if (Status *s = api.output(context, index, dims.begin(), dims.size(), &value)) return s;
-    return api.data(value, reinterpret_cast<void **>(data));
+    if (Status *s = api.output(context, index, dims.values, dims.n, &value)) return s;
+    return api.data(value, data);
 }
 
 template <class Operator> Status *compute(void *kernel, KernelContext *context) {
     const auto &[api, op] = *static_cast<Kernel<Operator> *>(kernel);
-    Call<float> call{};
-    Dims x, size, signal;
-    if (Status *s = read(api, context, 0, &call.x, &x)) return s;
-    if (Status *s = read(api, context, 1, &call.size, &size)) return s;
-    if (Status *s = read(api, context, 2, &call.signal, &signal)) return s;
-    call.n_batch = x.values[0], call.n_tokens = x.values[1], call.n_channels = x.values[2];
-    call.n_groups = signal.values[1], call.n_dims = signal.values[3];
-    call.one_size = size.values[0] == 1;
-    const bool fits = x.n == 3 && size.n == 3 && signal.n == 4 && size.values[2] == 1 &&
-                      (call.one_size || size.values[0] == call.n_batch) &&
-                      size.values[1] == call.n_tokens && signal.values[0] == call.n_batch &&
-                      signal.values[2] == call.n_tokens;
-    if (!fits) return fail(api, Operator::kName, "x (B,N,C), size (B,N,1), signal (B,G,N,D) wanted");
-    if (const char *why = op.refusal(call.n_tokens)) return fail(api, Operator::kName, why);
-    const std::int64_t n_out = call.n_tokens - op.removed();
-    if (Status *s = write(api, context, 0, {call.n_batch, n_out, call.n_channels}, &call.x_out)) return s;
-    if (Status *s = write(api, context, 1, {call.n_batch, n_out, 1}, &call.size_out)) return s;
-    if (Status *s = write(api, context, 2, {call.n_batch, call.n_tokens}, &call.target)) return s;
+    Call call;
+    bool fits = true;
+    for (std::size_t i = 0; i < kNumInputs<Operator>; ++i) {
+        Dims dims;
+        if (Status *s = read(api, context, i, &call.in[i], &dims)) return s;
+        fits = fits && call.sizes.fit(Operator::kInputs[i].axes, dims);
+    }
+    if (!fits) return fail(api, Operator::kName, wanted<Operator>());
+    if (const char *why = op.refusal(call.sizes['N'])) return fail(api, Operator::kName, why);
+    call.sizes.set('M', call.sizes['N'] - op.removed());
+    for (std::size_t i = 0; i < kNumOutputs<Operator>; ++i) {
+        const Dims dims = call.sizes.of(Operator::kOutputs[i].axes);
+        if (Status *s = write(api, context, i, dims, &call.out[i])) return s;
+    }
 
     struct Caller {
         const Api &api;
         KernelContext *context;
         Status *status;
     } caller{api, context, nullptr};
-    tomexport::run(op, call, Threads(kMostThreads, &caller, [](void *data, Threads::Task task, std::size_t n, void *job) {
+    tomexport::run<float>(op, call, Threads(kMostThreads, &caller, [](void *data, Threads::Task task, std::size_t n, void *job) {
         auto &[api, context, status] = *static_cast<Caller *>(data);
         Status *now = api.parallel_for(context, task, n, 0, job);
         if (now) status ? api.release(now) : void(status = now);
@@ -84,12 +76,18 @@ template <class Operator> Status *compute(void *kernel, KernelContext *context) 
 }
 
 template <class Operator> Status *create(const CustomOp *, const Api *api, const KernelInfo *info, void **out) {
-    std::int64_t r = 0, n_prefix = 0, raster = 0;
-    if (Status *s = api->attribute(info, "r", &r)) return s;
-    if (Status *s = api->attribute(info, "n_prefix", &n_prefix)) return s;
-    if (Status *s = api->attribute(info, "raster", &raster)) api->release(s);  // it can be left out
-    *out = new Kernel<Operator>{*api, Operator(r, n_prefix, raster != 0)};
+    std::int64_t values[std::size(Operator::kAttributes)] = {}, *value = values;
+    for (const Attribute &attribute : Operator::kAttributes)
+        if (Status *s = api->attribute(info, attribute.name, value++)) {
+            if (!attribute.optional) return s;
+            api->release(s);
+        }
+    *out = new Kernel<Operator>{*api, Operator(values)};
     return nullptr;
+}
+
+ElementType element(const Port &port) {
+    return port.type == Type::kInteger ? ElementType::kInt64 : ElementType::kFloat;
 }
 
 template <class Operator> const CustomOp *custom_op() {
@@ -97,12 +95,10 @@ template <class Operator> const CustomOp *custom_op() {
         CustomOp o;
         o.name = [](const CustomOp *) { return Operator::kName; };
         o.provider = [](const CustomOp *) -> const char * { return nullptr; };  // any: the CPU
-        o.input_type = [](const CustomOp *, std::size_t) { return ElementType::kFloat; };
-        o.n_inputs = [](const CustomOp *) { return std::size_t{3}; };
-        o.output_type = [](const CustomOp *, std::size_t i) {
-            return i == 2 ? ElementType::kInt64 : ElementType::kFloat;
-        };
-        o.n_outputs = [](const CustomOp *) { return std::size_t{3}; };
+        o.input_type = [](const CustomOp *, std::size_t i) { return element(Operator::kInputs[i]); };
+        o.n_inputs = [](const CustomOp *) { return kNumInputs<Operator>; };
+        o.output_type = [](const CustomOp *, std::size_t i) { return element(Operator::kOutputs[i]); };
+        o.n_outputs = [](const CustomOp *) { return kNumOutputs<Operator>; };
         o.input_characteristic = [](const CustomOp *, std::size_t) { return Characteristic::kRequired; };
         o.output_characteristic = o.input_characteristic;
         o.input_memory = [](const CustomOp *, std::size_t) { return 0; };

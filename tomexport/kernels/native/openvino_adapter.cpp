@@ -1,5 +1,8 @@
 // OpenVINO: shapes and pointers in, the runtime's own threads, nothing computed here.
 
+#include <array>
+#include <map>
+
 #include <openvino/core/extension.hpp>
 #include <openvino/core/op_extension.hpp>
 #include <openvino/core/parallel.hpp>
@@ -11,8 +14,12 @@
 namespace tomexport {
 namespace {
 
+using Dimensions = std::map<char, ov::Dimension>;  // by their letters; -1 is any
+
 template <class Operator> class Node : public ov::op::Op {
   public:
+    using Attributes = std::array<std::int64_t, std::size(Operator::kAttributes)>;
+
     static const ov::DiscreteTypeInfo &get_type_info_static() {
         static const ov::DiscreteTypeInfo info = [] {
             ov::DiscreteTypeInfo i{Operator::kName, "tomexport", &ov::op::Op::get_type_info_static()};
@@ -24,117 +31,126 @@ template <class Operator> class Node : public ov::op::Op {
     const ov::DiscreteTypeInfo &get_type_info() const override { return get_type_info_static(); }
 
     Node() = default;
-    Node(const ov::OutputVector &inputs, std::int64_t r, std::int64_t n_prefix, bool raster, float epsilon)
-        : Op(inputs), r_(r), n_prefix_(n_prefix), raster_(raster), epsilon_(epsilon) {
+    Node(const ov::OutputVector &inputs, const Attributes &attributes, float epsilon)
+        : Op(inputs), attributes_(attributes), epsilon_(epsilon) {
         constructor_validate_and_infer_types();
     }
 
     void validate_and_infer_types() override {
-        ov::PartialShape x = get_input_partial_shape(0), size = get_input_partial_shape(1),
-                         signal = get_input_partial_shape(2);
-        ov::Dimension n_batch, n, n_out;
-        const bool fits = x.merge_rank(3) && size.merge_rank(3) && signal.merge_rank(4) &&
-                          ov::Dimension::merge(n, x[1], size[1]) && ov::Dimension::merge(n, n, signal[2]) &&
-                          ov::Dimension::merge(n_batch, x[0], signal[0]) && size[2].compatible(1) &&
-                          (size[0].compatible(1) || size[0].compatible(n_batch));
-        NODE_VALIDATION_CHECK(this, fits, "x (B,N,C), size (B,N,1) and signal (B,G,N,D) wanted, not ", x,
-                              ", ", size, " and ", signal);
-        if (n.is_static()) {
-            const char *why = Operator(r_, n_prefix_, raster_).refusal(n.get_length());
-            NODE_VALIDATION_CHECK(this, !why, "r = ", r_, " of ", n, " tokens: ", why);
-            n_out = n.get_length() - r_;
+        const ov::element::Type real = get_input_element_type(0);
+        const bool computes = real == ov::element::f32 || real == ov::element::bf16;
+        NODE_VALIDATION_CHECK(this, computes, "x is ", real);
+        Dimensions sizes;
+        for (std::size_t i = 0; i < n_inputs(); ++i) {
+            const auto &[name, type, axes] = Operator::kInputs[i];
+            const ov::PartialShape &shape = get_input_partial_shape(i);
+            const ov::element::Type found = get_input_element_type(i);
+            NODE_VALIDATION_CHECK(this, fit(axes, shape, sizes), wanted<Operator>(), ", and ", name,
+                                  " is ", shape);
+            const bool narrow = type == Type::kInteger && found == ov::element::i32;
+            const bool right = narrow || found == element(type, real);
+            NODE_VALIDATION_CHECK(this, right, name, " is ", found, " and x ", real);
+            if (type == Type::kReal) input(i).get_rt_info()["tomexport.real"] = true;  // for sessions
         }
-        const ov::element::Type type = get_input_element_type(0);
-        NODE_VALIDATION_CHECK(this, type == ov::element::f32 || type == ov::element::bf16, "x is ", type);
-        NODE_VALIDATION_CHECK(this, get_input_element_type(2) == type, "signal is of another type than x");
-        NODE_VALIDATION_CHECK(this, get_input_element_type(1) == ov::element::f32, "size is not f32");
-        set_output_type(0, type, {n_batch, n_out, x[2]});
-        set_output_type(1, ov::element::f32, {n_batch, n_out, 1});
-        set_output_type(2, ov::element::i64, {n_batch, n});
-        if (!normalises()) return;
-        const ov::PartialShape channels{x[2]};
-        const bool norm_fits = get_input_partial_shape(3).compatible(channels) &&
-                               get_input_partial_shape(4).compatible(channels) &&
-                               get_input_element_type(3) == ov::element::f32 &&
-                               get_input_element_type(4) == ov::element::f32;
-        NODE_VALIDATION_CHECK(this, norm_fits, "a weight and an offset (C) in f32 wanted, not ",
-                              get_input_partial_shape(3), " and ", get_input_partial_shape(4));
-        set_output_type(3, type, {n_batch, n_out, x[2]});
-        set_output_type(4, type, {n_batch, n_out, 1});
+        if (sizes['N'].is_static()) {
+            const Operator op(attributes_.data());
+            const char *why = op.refusal(sizes['N'].get_length());
+            NODE_VALIDATION_CHECK(this, !why, "r = ", op.removed(), " of ", sizes['N'], " tokens: ",
+                                  why);
+            sizes['M'] = sizes['N'].get_length() - op.removed();
+        }
+        for (std::size_t i = 0; i < n_outputs(); ++i) {
+            auto [name, type, axes] = Operator::kOutputs[i];
+            ov::PartialShape shape{};
+            for (; *axes; ++axes) shape.push_back(*axes == '1' ? ov::Dimension(1) : sizes[*axes]);
+            set_output_type(i, element(type, real), shape);
+        }
     }
 
     std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector &inputs) const override {
-        return std::make_shared<Node>(inputs, r_, n_prefix_, raster_, epsilon_);
+        return std::make_shared<Node>(inputs, attributes_, epsilon_);
     }
 
     bool visit_attributes(ov::AttributeVisitor &visitor) override {
-        visitor.on_attribute("r", r_);
-        visitor.on_attribute("n_prefix", n_prefix_);
-        visitor.on_attribute("raster", raster_);
-        if (normalises()) visitor.on_attribute("epsilon", epsilon_);
+        for (std::size_t i = 0; i < attributes_.size(); ++i)
+            visitor.on_attribute(Operator::kAttributes[i].name, attributes_[i]);
+        if (follows()) visitor.on_attribute("epsilon", epsilon_);
         return true;
     }
 
     bool has_evaluate() const override { return true; }
 
     bool evaluate(ov::TensorVector &out, const ov::TensorVector &in) const override {
-        if (in[0].get_element_type() == ov::element::bf16) compute<BFloat16>(out, in);
-        else compute<float>(out, in);
+        const Operator op(attributes_.data());
+        Call call;
+        call.epsilon = epsilon_;
+        for (std::size_t i = 0; i < n_inputs(); ++i) {
+            if (!call.sizes.fit(Operator::kInputs[i].axes, dims(in[i].get_shape()))) return false;
+            call.in[i] = in[i].data();
+            call.narrow = call.narrow || in[i].get_element_type() == ov::element::i32;
+        }
+        call.sizes.set('M', call.sizes['N'] - op.removed());
+        for (std::size_t i = 0; i < n_outputs(); ++i) {
+            const Dims wanted = call.sizes.of(Operator::kOutputs[i].axes);
+            const ov::Shape shape(wanted.values, wanted.values + wanted.n);
+            if (out[i].get_shape() != shape) out[i].set_shape(shape);
+            call.out[i] = out[i].data();
+        }
+        const auto n_threads = static_cast<std::size_t>(parallel_get_max_threads());
+        const Threads::Run run_all = [](void *, Threads::Task task, std::size_t n, void *job) {
+            ov::parallel_for(n, [=](std::size_t i) { task(job, i); });
+        };
+        const Threads threads(n_threads, nullptr, run_all);
+        if (in[0].get_element_type() == ov::element::bf16) run<BFloat16>(op, call, threads);
+        else run<float>(op, call, threads);
         return true;
     }
 
   private:
-    std::int64_t r_ = 0, n_prefix_ = 0;
-    bool raster_ = false;
+    Attributes attributes_{};
     float epsilon_ = 0.f;
 
     // Only our own sessions make such nodes, of a node and the LayerNorm and logarithm after it.
-    bool normalises() const { return get_input_size() == 5; }
+    bool follows() const { return get_input_size() == kNumInputs<Operator> + kFollowing; }
+    std::size_t n_inputs() const { return kNumInputs<Operator> + (follows() ? kFollowing : 0); }
+    std::size_t n_outputs() const { return kNumOutputs<Operator> + (follows() ? kFollowing : 0); }
 
-    static void shape(ov::Tensor &tensor, const ov::Shape &wanted) {
-        if (tensor.get_shape() != wanted) tensor.set_shape(wanted);
+    static ov::element::Type element(Type type, ov::element::Type real) {
+        if (type == Type::kReal) return real;
+        return type == Type::kFloat ? ov::element::f32 : ov::element::i64;
     }
 
-    template <class T> void compute(ov::TensorVector &out, const ov::TensorVector &in) const {
-        const Operator op(r_, n_prefix_, raster_);
-        const ov::Shape &x = in[0].get_shape(), &signal = in[2].get_shape();
-        Call<T> call{};
-        call.n_batch = x[0], call.n_tokens = x[1], call.n_channels = x[2];
-        call.n_groups = signal[1], call.n_dims = signal[3];
-        call.one_size = in[1].get_shape()[0] == 1;
-        const std::size_t n_out = x[1] - op.removed();
-        shape(out[0], {x[0], n_out, x[2]});
-        shape(out[1], {x[0], n_out, 1});
-        shape(out[2], {x[0], x[1]});
-        call.x = static_cast<const T *>(in[0].data());
-        call.size = in[1].data<const float>();
-        call.signal = static_cast<const T *>(in[2].data());
-        call.x_out = static_cast<T *>(out[0].data());
-        call.size_out = out[1].data<float>();
-        call.target = out[2].data<std::int64_t>();
-        if (normalises()) {
-            shape(out[3], {x[0], n_out, x[2]});
-            shape(out[4], {x[0], n_out, 1});
-            call.norm_weight = in[3].data<const float>(), call.norm_offset = in[4].data<const float>();
-            call.epsilon = epsilon_;
-            call.norm_out = static_cast<T *>(out[3].data());
-            call.log_size_out = static_cast<T *>(out[4].data());
+    // As Sizes::fit, of shapes that are not all known.
+    static bool fit(const char *axes, ov::PartialShape shape, Dimensions &sizes) {
+        if (!shape.merge_rank(static_cast<std::int64_t>(std::strlen(axes)))) return false;
+        for (const ov::Dimension &size : shape) {
+            const char axis = *axes++;
+            const bool one = size.compatible(1);
+            if (axis == '1' && !one) return false;
+            if (axis == 'S' && !one && !size.compatible(sizes['B'])) return false;
+            if (axis != '1' && !ov::Dimension::merge(sizes[axis], sizes[axis], size)) return false;
         }
-        const auto n_threads = static_cast<std::size_t>(parallel_get_max_threads());
-        run(op, call, Threads(n_threads, nullptr, [](void *, Threads::Task task, std::size_t n, void *job) {
-            ov::parallel_for(n, [=](std::size_t i) { task(job, i); });
-        }));
+        return true;
+    }
+
+    static Dims dims(const ov::Shape &shape) {
+        Dims dims;
+        dims.n = shape.size();
+        std::copy_n(shape.begin(), std::min(dims.n, kMostAxes), dims.values);
+        return dims;
     }
 };
 
-// An ONNX node becomes ours. It can leave out `raster`.
+// An ONNX node becomes ours.
 template <class Operator> ov::OutputVector convert(const ov::frontend::NodeContext &node) {
     ov::OutputVector inputs;
     for (std::size_t i = 0; i < node.get_input_size(); ++i) inputs.push_back(node.get_input(static_cast<int>(i)));
-    const auto r = node.get_attribute<std::int64_t>("r");
-    const auto n_prefix = node.get_attribute<std::int64_t>("n_prefix");
-    const auto raster = node.get_attribute<std::int64_t>("raster", 0);
-    return std::make_shared<Node<Operator>>(inputs, r, n_prefix, raster != 0, 0.f)->outputs();
+    typename Node<Operator>::Attributes values;
+    std::int64_t *value = values.data();
+    for (const auto &[name, optional] : Operator::kAttributes)
+        *value++ = optional ? node.get_attribute<std::int64_t>(name, 0)
+                            : node.get_attribute<std::int64_t>(name);
+    return std::make_shared<Node<Operator>>(inputs, values, 0.f)->outputs();
 }
 
 template <class... Operator> std::vector<ov::Extension::Ptr> extensions(List<Operator...>) {

@@ -1,32 +1,132 @@
-// What an operator's kernel is given, and what it may ask of the runtime that calls it.
+// What an operator says of itself, what its kernel is given, and what it may ask of the runtime that
+// calls it.
+//
+// An operator is a class with
+//   kName, kAttributes            its op type, and the integers that its constructor takes, in order
+//   kInputs, kOutputs             its arrays; the first two out are x and size
+//   removed()                     how many tokens fewer come out
+//   refusal(n)                    why it cannot be computed for n tokens, or nullptr
+//   run<T>(call, threads)         computes a call of one image
 #pragma once
 
 #include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <iterator>
 #include <memory>
+#include <string>
 
 namespace tomexport {
 
-// One call: (x (B,N,C), size (S,N,1), signal (B,G,N,D)) -> (x (B,M,C), size (B,M,1), target (B,N)),
-// with S either B or 1. All arrays are dense; T is float, or bfloat16 where the runtime has it.
-template <class T> struct Call {
-    std::int64_t n_batch, n_tokens, n_channels, n_groups, n_dims;
-    bool one_size;  // S = 1: all images share their sizes
-    const T *x;
-    const float *size;
-    const T *signal;
-    T *x_out;
-    float *size_out;
-    std::int64_t *target;
-    // What comes next in a transformer, while the token is at hand; nullptr where it is not wanted:
-    // LayerNorm of x_out with a weight and an offset (C), and the logarithm of size_out.
-    const float *norm_weight, *norm_offset;
-    float epsilon;
-    T *norm_out;
-    T *log_size_out;
+// --- what an operator says of itself
+
+// What an array holds. kReal is float, or bfloat16 where the runtime computes in it.
+enum class Type { kReal, kFloat, kInteger };
+
+// An array. Its axes are letters, and every axis of one letter has the same size: B images, N tokens
+// in, M tokens out. S is B, or 1 where one array serves all images; 1 is 1.
+struct Port {
+    const char *name;
+    Type type;
+    const char *axes;
 };
+
+struct Attribute {
+    const char *name;
+    bool optional = false;  // 0 where it is left out
+};
+
+// What comes next in a transformer, while the token is at hand: LayerNorm of x with a weight and an
+// offset, and the logarithm of size. The last two of every operator's arrays, in and out, which only
+// sessions of ours ask for.
+constexpr Port kNormWeight{"weight", Type::kFloat, "C"}, kNormOffset{"offset", Type::kFloat, "C"};
+constexpr Port kNorm{"norm", Type::kReal, "BMC"}, kLogSize{"log_size", Type::kReal, "BM1"};
+constexpr std::size_t kFollowing = 2;
+
+template <class Operator>
+constexpr std::size_t kNumInputs = std::size(Operator::kInputs) - kFollowing;
+template <class Operator>
+constexpr std::size_t kNumOutputs = std::size(Operator::kOutputs) - kFollowing;
+constexpr std::size_t kMostPorts = 8, kMostAxes = 4;
+
+// "x (B,N,C), size (B,N,1) wanted"
+template <class Operator> std::string wanted() {
+    std::string text;
+    for (std::size_t i = 0; i < kNumInputs<Operator>; ++i) {
+        const Port &port = Operator::kInputs[i];
+        text += (i ? ", " : "") + std::string(port.name);
+        for (const char *axis = port.axes; *axis; ++axis)
+            text += std::string(axis == port.axes ? " (" : ",") + (*axis == 'S' ? 'B' : *axis);
+        text += ")";
+    }
+    return text + " wanted";
+}
+
+// --- what its kernel is given
+
+struct Dims {
+    std::int64_t values[kMostAxes] = {};
+    std::size_t n = 0;
+};
+
+// How long each axis is, by its letter.
+class Sizes {
+  public:
+    Sizes() { std::fill(std::begin(values_), std::end(values_), kUnknown); }
+    std::int64_t operator[](char axis) const { return axis == '1' ? 1 : values_[axis - 'A']; }
+    void set(char axis, std::int64_t size) { values_[axis - 'A'] = size; }
+
+    // Whether an array has these axes; those that are new are known from then on.
+    bool fit(const char *axes, const Dims &dims) {
+        if (std::strlen(axes) != dims.n) return false;
+        for (std::size_t i = 0; i < dims.n; ++i) {
+            const std::int64_t size = dims.values[i];
+            if (axes[i] != '1' && (*this)[axes[i]] == kUnknown) set(axes[i], size);
+            if ((*this)[axes[i]] != size) return false;
+            if (axes[i] == 'S' && size != 1 && size != (*this)['B']) return false;
+        }
+        return true;
+    }
+
+    Dims of(const char *axes) const {
+        Dims dims;
+        for (; axes[dims.n]; ++dims.n) dims.values[dims.n] = (*this)[axes[dims.n]];
+        return dims;
+    }
+
+  private:
+    static constexpr std::int64_t kUnknown = -1;
+    std::int64_t values_[26];
+};
+
+// Whole numbers in the width that the runtime has.
+struct Integers {
+    const void *data;
+    bool narrow;  // 32 bits, not 64
+    std::int64_t operator[](std::int64_t i) const {
+        if (narrow) return static_cast<const std::int32_t *>(data)[i];
+        return static_cast<const std::int64_t *>(data)[i];
+    }
+};
+
+// One call: dense arrays in the order of an operator's ports; nullptr where none is wanted.
+struct Call {
+    Sizes sizes;
+    const void *in[kMostPorts] = {};
+    void *out[kMostPorts] = {};
+    bool narrow = false;  // integers given have 32 bits; those taken have 64
+    float epsilon = 0.f;  // of the LayerNorm
+
+    template <class T> const T *input(std::size_t port) const {
+        return static_cast<const T *>(in[port]);
+    }
+    template <class T> T *output(std::size_t port) const { return static_cast<T *>(out[port]); }
+    Integers integers(std::size_t port) const { return {in[port], narrow}; }
+};
+
+// --- what it may ask of the runtime
 
 // The threads of the runtime itself.
 class Threads {
@@ -138,12 +238,36 @@ class Workspace {
     unsigned char *next_ = nullptr;
 };
 
-// Computes all images of a call: one image on all threads, or each on one.
-template <class Operator, class T>
-void run(const Operator &op, const Call<T> &call, const Threads &threads) {
-    if (call.n_batch == 1) return op.run(call, 0, threads);
-    threads.run(static_cast<std::size_t>(call.n_batch), [&](std::size_t image) {
-        op.run(call, static_cast<std::int64_t>(image), Threads::none());
+// How many bytes an element has.
+template <class T> std::size_t bytes_of(Type type, bool narrow) {
+    if (type == Type::kReal) return sizeof(T);
+    return type == Type::kFloat || narrow ? 4 : 8;
+}
+
+// The part of a call that is one image's.
+template <class Operator, class T> Call image(const Call &call, std::int64_t index) {
+    Call one = call;
+    const auto offset = [&](const Port &port, bool narrow) {
+        if (*port.axes == 'C' || call.sizes[*port.axes] == 1) return std::int64_t{0};  // it serves all
+        auto bytes = index * static_cast<std::int64_t>(bytes_of<T>(port.type, narrow));
+        for (const char *axis = port.axes + 1; *axis; ++axis) bytes *= call.sizes[*axis];
+        return bytes;
+    };
+    for (std::size_t i = 0; i < std::size(Operator::kInputs); ++i)
+        if (one.in[i]) one.in[i] = call.input<char>(i) + offset(Operator::kInputs[i], call.narrow);
+    for (std::size_t i = 0; i < std::size(Operator::kOutputs); ++i)
+        if (one.out[i]) one.out[i] = call.output<char>(i) + offset(Operator::kOutputs[i], false);
+    return one;
+}
+
+// Computes all images of a call: one image on all threads, or each on one. T is float or BFloat16.
+template <class T, class Operator>
+void run(const Operator &op, const Call &call, const Threads &threads) {
+    const std::int64_t n_images = call.sizes['B'];
+    if (n_images == 1) return op.template run<T>(call, threads);
+    threads.run(static_cast<std::size_t>(n_images), [&](std::size_t index) {
+        const auto one = image<Operator, T>(call, static_cast<std::int64_t>(index));
+        op.template run<T>(one, Threads::none());
     });
 }
 

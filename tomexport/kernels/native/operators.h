@@ -2,10 +2,11 @@
 #pragma once
 
 #include "../merge/kernel.h"
+#include "../reduce/kernel.h"
 
 namespace tomexport {
 
 template <class... T> struct List {};
-using Operators = List<Merge>;
+using Operators = List<Merge, Reduce>;
 
 }  // namespace tomexport
