@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
@@ -12,10 +10,6 @@ import tomexport
 from tests.exporter.methods import by_hand
 from tests.exporter.methods.by_hand import Block
 from tomexport.errors import RewriteError, UnknownNameError
-from tomexport.exporter.methods.matching import by_parity, match
-from tomexport.exporter.methods.method import in_raster_order
-from tomexport.kernels import raster
-from tomexport.kernels.merge import reference
 
 # two implementations in float32, 3 blocks: measured 1e-6 of the largest output
 TOLERANCE = 1e-5
@@ -129,24 +123,6 @@ def test_files_are_proven(seeded, tmp_path, options, suffix):
     )
     assert report.verify.passed
     assert len(report.metadata.decisions) == report.metadata.plan.n_reductions == 2
-
-
-@pytest.mark.parametrize(("n", "n_prefix"), [*itertools.product((9, 10, 50), (0, 1, 2, 5))])
-def test_matching_is_that_of_the_operator(n, n_prefix):
-    keys = torch.randn(3, 2, n, 8, generator=torch.Generator().manual_seed(n))
-    keys[:, :, 6] = keys[:, :, 8]  # a tie
-    scores = reference._scores(keys, n_prefix)
-    for r in range(1, (n - n_prefix) // 2 + 1):
-        found = match(scores, by_parity(n, n_prefix), r, n_prefix)
-        assert torch.equal(found.target, reference.match(keys, r, n_prefix))
-        assert found.goes.sum(1).tolist() == [r] * 3
-
-
-def test_raster_order_is_that_of_the_operators():
-    generator = torch.Generator().manual_seed(0)
-    target = torch.stack([torch.randperm(20, generator=generator) % 13 for _ in range(4)])
-    assert torch.equal(in_raster_order(target), raster.in_raster_order(target, 13))
-    assert in_raster_order(torch.tensor([[2, -1, 0, 2, -1, 1]])).tolist() == [[0, -1, 1, 0, -1, 2]]
 
 
 def test_sret_takes_what_it_gives(seeded):

@@ -56,6 +56,7 @@ def _choose(view: View) -> Choice:
         weight=score.new_ones(1, step.tokens_in),
         mean=True,
         margin=how_close,
+        leads=place < step.tokens_out,
         share=torch.cat(shares, dim=1).gather(1, place),
     )
 

@@ -43,10 +43,11 @@ def _choose(view: View) -> Choice:
     late = view.call >= math.ceil(view.n_calls / 2)
     n = 2 * r if late else metric.shape[1]  # how many can merge
     scores = ordered[:, 0:n:2] @ ordered[:, 1:n:2].mT
-    slots = match(scores, Sets(np.arange(0, n, 2), np.arange(1, n, 2)), r, 0).target  # (B, n)
-    n_batch, n_left = slots.shape[0], metric.shape[1] - n
+    matching = match(scores, Sets(np.arange(0, n, 2), np.arange(1, n, 2)), r, 0)  # (B, n)
+    n_batch, n_left = rank.shape[0], metric.shape[1] - n
     others = torch.arange(n_left).expand(n_batch, -1)  # of lower energy, in its order
-    slots = torch.cat([n_left + slots, others], dim=1).gather(1, rank)  # of each token
+    slots = torch.cat([n_left + matching.target, others], dim=1).gather(1, rank)  # of each token
+    stays = torch.cat([~matching.goes, others >= 0], dim=1).gather(1, rank)
     prefix = torch.arange(n_prefix).expand(n_batch, -1)
 
     def how_close() -> Tensor:
@@ -58,6 +59,7 @@ def _choose(view: View) -> Choice:
         weight=view.size[:, :, 0],
         mean=True,
         margin=how_close,
+        leads=torch.cat([prefix >= 0, stays], dim=1),
     )
 
 

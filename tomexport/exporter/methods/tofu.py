@@ -29,9 +29,10 @@ def _reduce(view: View) -> Reduced:
     scores = metric[:, sets.a[0] :: 2] @ metric[:, sets.b[0] :: 2].mT
     matching = match(scores, sets, step.removed, n_prefix)
     early = 2 * view.call < view.n_calls
-    stays = ~matching.goes if early else matching.goes.new_ones(1, step.tokens_in)
     how_close = partial(margin, keys, step.removed, n_prefix, view.raster)
-    choice = Choice(matching.target, stays.to(view.x.dtype), mean=True, margin=how_close)
+    stays = ~matching.goes
+    weight = stays.to(view.x.dtype) if early else view.x.new_ones(1, step.tokens_in)
+    choice = Choice(matching.target, weight, True, how_close, leads=stays)
     left = carry_out(view, choice)
     return left if early else left._replace(x=_lengthened(view, left))
 

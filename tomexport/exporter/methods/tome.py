@@ -109,12 +109,8 @@ def _reduce(view: View, metric: str, similarity: str, combine: str, partition: s
         gap = margin_of(scores, r, ranks_kept=not (n_prefix or view.raster))
         return gap if similarity == "cosine" else gap / scores.abs().mean(dim=(1, 2))
 
-    leads = torch.zeros(view.step.tokens_in, dtype=torch.bool)
-    leads[torch.from_numpy(sets.b)] = True
     matching = match(scores, sets, r, n_prefix)
-    left = carry_out(
-        view, _combined(view, matching, combine)._replace(margin=how_close, leads=leads)
-    )
+    left = carry_out(view, _combined(view, matching, combine)._replace(margin=how_close))
     if combine == "max":
         assert left.target is not None
         slots = left.target[:, :, None].expand(view.x.shape)
@@ -130,7 +126,8 @@ def _combined(view: View, matching: Matching, combine: str) -> Choice:
         weight = view.x.new_ones(1, view.step.tokens_in)
     else:
         weight = (~matching.goes).to(view.x.dtype)
-    return Choice(matching.target, weight, combine in ("weighted", "mean"), None)
+    mean = combine in ("weighted", "mean")
+    return Choice(matching.target, weight, mean, None, leads=~matching.goes)
 
 
 def _tome(
