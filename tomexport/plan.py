@@ -64,6 +64,8 @@ class Counting:
         powers: whether a single share stands for itself, its square, its cube … at the places of a
             keep schedule, rather than for itself at each.
         place: where tokens are removed: BETWEEN attention and MLP, or BEFORE the block.
+        waits: whether tokens that are removed wait, and come back where the next ones are removed
+            and at the end.
         macs: (site, tokens met) → MACs of linear layers of the method's own, where it acts.
     """
 
@@ -71,6 +73,7 @@ class Counting:
     keep: Keep = keep_of_met
     powers: bool = False
     place: str = BETWEEN
+    waits: bool = False
     macs: Callable[[Site, int], int] = lambda site, tokens: 0
 
     def shares(self, values: Sequence[float], n_places: int) -> tuple[float, ...]:
@@ -171,14 +174,13 @@ class ModelCost:
     norm_fixed: int = 0
     norm_left: int = 0
 
-    def macs(self, tokens: Sequence[tuple[int, int]]) -> int:
-        """Return the MACs of an image; tokens are (in, out) of each site."""
+    def macs(self, tokens: Sequence[tuple[int, int]], left: int) -> int:
+        """Return the MACs of an image; tokens are (in, out) of each site, `left` at the end."""
         blocks = [site.cost.macs(*each) for site, each in zip(self.sites, tokens, strict=True)]
-        return self.fixed + sum(blocks) + self.pool * (tokens[-1][1] - self.sites[-1].n_prefix)
+        return self.fixed + sum(blocks) + self.pool * (left - self.sites[-1].n_prefix)
 
-    def flops_slides(self, tokens: Sequence[tuple[int, int]]) -> int:
+    def flops_slides(self, tokens: Sequence[tuple[int, int]], left: int) -> int:
         """Return the FLOPs of an image by the convention of `Plan.flops_slides`."""
-        left = tokens[-1][1]
         n_pooled = left - self.sites[-1].n_prefix
         blocks = [
             site.cost.flops_slides(*each) for site, each in zip(self.sites, tokens, strict=True)
@@ -446,8 +448,8 @@ class Step:
         macs: multiply-accumulates of the block call.
         slices: how many runs of tokens the attention stays inside of.
         multiple: the tokens that are left are a multiple of this.
-        restored: tokens that come back after this call, where a stage ends and the next one needs
-            its whole grid; None elsewhere.
+        restored: tokens that there are again after this call, where a stage ends and the next one
+            needs its whole grid, or where those that waited come back; None elsewhere.
         place: where tokens are removed: "between" attention and MLP, or "before" the block, whose
             attention then sees `tokens_out`.
         pruned: how many of the removed are dropped rather than merged, where the schedule says so.
@@ -471,6 +473,11 @@ class Step:
     def attended(self) -> int:
         """Tokens that the attention sees."""
         return self.tokens_out if self.place == BEFORE else self.tokens_in
+
+    @property
+    def left(self) -> int:
+        """Tokens after the call."""
+        return self.restored or self.tokens_out
 
 
 @dataclass(frozen=True)
@@ -519,12 +526,13 @@ class Plan:
         Raises: PlanError if the schedule does not fit the model's sites.
         """
         steps: list[Step] = []
-        requests = schedule.requests(model.sites)
-        shares = schedule.shares(len(model.sites), counting)
-        budgets = schedule.kept(len(model.sites))
+        n = len(model.sites)
+        requests, shares = schedule.requests(model.sites), schedule.shares(n, counting)
+        budgets = schedule.kept(n)
+        acts = [any(asked) for asked in zip(shares, budgets, requests, strict=True)]
         own = 0  # MACs of the method itself
         for index, site in enumerate(model.sites):
-            tokens = steps[-1].tokens_out if steps and site.call else site.tokens_first
+            tokens = steps[-1].left if steps and site.call else site.tokens_first
             share, request, budget = shares[index], requests[index], budgets[index]
             if share is not None:
                 request = max(0, tokens - counting.keep(share, tokens, site))
@@ -535,6 +543,7 @@ class Plan:
             macs = counting.macs(site, tokens) if removed else 0
             own += macs
             stage_ends = any(after.stage != site.stage for after in model.sites[index + 1 :][:1])
+            come_back = counting.waits and out < site.tokens_first and all(acts[index + 1 :][:1])
             met = out if counting.place == BEFORE else tokens
             steps.append(
                 Step(
@@ -548,7 +557,7 @@ class Plan:
                     macs=site.cost.macs(met, out) + macs,
                     slices=site.cost.slices,
                     multiple=site.multiple,
-                    restored=site.tokens_first if stage_ends else None,
+                    restored=site.tokens_first if stage_ends or come_back else None,
                     place=counting.place,
                     pruned=0 if budget is None else min(removed, max(0, tokens - budget[0])),
                 )
@@ -562,12 +571,12 @@ class Plan:
             schedule=schedule.text,
             n_prefix=last.n_prefix,
             steps=tuple(steps),
-            macs=model.macs(reduced) + own,
-            macs_unreduced=model.macs(unreduced),
+            macs=model.macs(reduced, steps[-1].left) + own,
+            macs_unreduced=model.macs(unreduced, last.tokens_first),
             macs_spared=0 if model.n_read is None else last.cost.spared(*reduced[-1], model.n_read),
-            flops_slides=model.flops_slides(reduced) + 2 * own,
-            flops_slides_unreduced=model.flops_slides(unreduced),
-            notes=_notes(steps, schedule.padding(len(steps))),
+            flops_slides=model.flops_slides(reduced, steps[-1].left) + 2 * own,
+            flops_slides_unreduced=model.flops_slides(unreduced, last.tokens_first),
+            notes=_notes(steps, schedule.padding(n)),
         )
 
     @property

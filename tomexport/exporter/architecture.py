@@ -37,7 +37,7 @@ class Built:
         preprocessing: how images are prepared, or None if the names differ in it.
         notes: what the user should know of how it was found.
         extras: weights that are some method's own, not the model's.
-        methods: the methods that have such weights.
+        methods: the methods that such a file can be of.
     """
 
     model: nn.Module
@@ -63,6 +63,8 @@ def build(checkpoint: Checkpoint, arch: str | None = None) -> Built:
     state, extras, methods = _without_extras(state, layout)
     if extras:
         notes.append(f"holds weights of {' or '.join(methods)}: {_first(list(extras))}")
+    if layout.methods:
+        notes.append(f"trained with {' or '.join(layout.methods)}, as its keys say")
     own = checkpoint.architecture
     name = arch or (layout.called(own) if own else None)
     if name and not arch:
@@ -88,7 +90,7 @@ def build(checkpoint: Checkpoint, arch: str | None = None) -> Built:
     model.load_state_dict(state, assign=True)
     shared = {str(preprocessing(name)) for name in names}
     known = preprocessing(names[0]) if len(shared) == 1 else None
-    return Built(model.eval(), names, known, tuple(notes), extras, methods)
+    return Built(model.eval(), names, known, tuple(notes), extras, layout.methods + methods)
 
 
 def _require_kin(name: str, layout: Layout, source: str) -> None:

@@ -67,6 +67,11 @@ class ReducedModel(nn.Module):
                 f"{method.name} ranks tokens by what the class token attends to, and {plan.model} "
                 "has none; take a method that compares tokens, like tome."
             )
+        if method.remember and plan.steps[0].removed:
+            raise PlanError(
+                f"{method.name} chooses by what earlier blocks attended to, and there is none "
+                f"before {plan.steps[0].block}. Start at a later one, as in keep:0.5@4,8."
+            )
         self.net = private_copy(model)
         self._family.prepare(self.net)
         n_calls = len(self._family.cost(self.net, plan.model).sites)
@@ -121,14 +126,16 @@ class ReducedModel(nn.Module):
                 x = self._reduce(x, before, None, index, state, decisions)
             size = state.size if self._weighs_keys else None
             x, signals = family.attention(call, Tokens(x, size, state.place), n_out)
+            if self._method.remember:
+                state.memory = self._method.remember(state.memory, signals, state.target)
             if step.place == BETWEEN and step.removed and n_out is None:
                 x = self._reduce(x, before, signals, index, state, decisions)
             x = family.mlp(call, x)
-            if step.restored:
-                assert family.downsample is not None
-                whole = _restored(x, state.targets, step.restored)
-                x = family.downsample(self.net, step.stage + 1, whole)
-                state = _Stage()
+            if step.restored and n_out is None:
+                x = _restored(x, state, step.restored)
+                state = _Stage(memory=state.memory)
+                if family.downsample is not None:
+                    x = family.downsample(self.net, step.stage + 1, x)
         return family.head(self.net, x, state.size if self._method.sizes else None)
 
     def _reduce(
@@ -140,11 +147,12 @@ class ReducedModel(nn.Module):
         own = self.own[key] if key in self.own else None  # noqa: SIM401  it has no get
         view = View(
             x, before, size, signals, step, self.plan.n_prefix, self._family.raster, own,
-            index, len(self.plan.steps),
+            index, len(self.plan.steps), state.memory,
         )  # fmt: skip
         left = self._method.reduce(view)
         state.size = left.size
         state.targets.append(left.target)
+        state.waiting = x if self._method.counting.waits else None
         if self._family.places:
             state.place = _places(left, state.place, step)
         if decisions is not None and left.target is not None and left.margin is not None:
@@ -160,11 +168,20 @@ class _Stage:
         size: of each token; None while nothing has been removed.
         place: where each is from; None while all are where they were.
         targets: where tokens went, one map per reduction; None where nothing was chosen.
+        waiting: all tokens as they were when some of them began to wait; None if none do.
+        memory: what the method remembers; all stages share it.
     """
 
     size: Tensor | None = None
     place: Tensor | None = None
     targets: list[Tensor | None] = field(default_factory=list)
+    waiting: Tensor | None = None
+    memory: Tensor | None = None
+
+    @property
+    def target(self) -> Tensor | None:
+        """Where tokens went last; None while all are there."""
+        return self.targets[-1] if self.targets else None
 
 
 def _places(left: Reduced, place: Tensor | None, step: Step) -> Tensor:
@@ -182,23 +199,22 @@ def _places(left: Reduced, place: Tensor | None, step: Step) -> Tensor:
     return leader if place is None else place.gather(1, leader)
 
 
-def _restored(x: Tensor, targets: list[Tensor | None], n: int) -> Tensor:
+def _restored(x: Tensor, state: _Stage, n: int) -> Tensor:
     """Give each of n tokens, (B, N, C), what the slot holds that it went to, (B, M, C).
 
-    Args:
-        x: the tokens that are left.
-        targets: where tokens went, one map per reduction; None where nothing was chosen.
-        n: tokens that there were.
+    Those that waited are as they were.
     """
     # by way of int32: OpenVINO has no int64, and does not convert what operators of ours give
-    maps = [target.int().long() for target in targets if target is not None]
+    maps = [target.int().long() for target in state.targets if target is not None]
     if not maps:
         places = torch.arange(n) * x.shape[1] // n  # evenly
         return x if x.shape[1] == n else x.index_select(1, places)
     place = maps[0]  # (B, N)
     for target in maps[1:]:
         place = target.gather(1, place)
-    return rows(x, place)
+    if state.waiting is None:
+        return rows(x, place)
+    return torch.where(place[:, :, None] < 0, state.waiting, rows(x, place.clamp(min=0)))
 
 
 def private_copy(model: nn.Module) -> Any:

@@ -48,9 +48,15 @@ def _stay(block: Block) -> tuple[Tensor, Tensor]:
 
 
 def forward(
-    model: Any, image: Tensor, *, before: Rule = _stay, between: Rule = _stay, biased: bool = False
+    model: Any,
+    image: Tensor,
+    *,
+    before: Rule = _stay,
+    between: Rule = _stay,
+    biased: bool = False,
+    finally_: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Tensor:
-    """Run one image (1, 3, H, W) through a timm ViT that reads its class token.
+    """Run one image (1, 3, H, W) through a timm ViT.
 
     Args:
         model: the ViT.
@@ -58,6 +64,7 @@ def forward(
         before: what happens to the tokens before each block.
         between: what happens between attention and MLP.
         biased: whether the logarithms of the sizes enter the attention.
+        finally_: what happens to the tokens, (N, C), after the last block.
 
     Returns:
         (1, classes).
@@ -70,7 +77,7 @@ def forward(
         _attend(block, seen, biased)
         x, sizes = between(seen)
         x = x + block.ls2(block.mlp(block.norm2(x)))
-    return model.forward_head(model.norm(x)[None])
+    return model.forward_head(model.norm(finally_(x))[None])
 
 
 def _attend(block: Any, seen: Block, biased: bool) -> None:

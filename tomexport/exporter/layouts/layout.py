@@ -25,6 +25,7 @@ class Layout:
             is for messages.
         spare: key patterns that the forward pass of the plain model never reads, and why.
         extras: key patterns of a method's own weights, and the methods that have such.
+        methods: the methods whose files are named so, weights of their own or not.
         called: what the file calls its architecture → what it is called here.
         may_fit: (name, state) → tells cheaply whether a name can fit.
         options: (name, state, source) → what makes the name's model fit: classes, image size …
@@ -41,6 +42,7 @@ class Layout:
     options: Callable[[str, State, str], dict[str, Any]]
     describe: Callable[[State], str]
     extras: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    methods: tuple[str, ...] = ()
 
 
 def n_classes(state: State) -> int:

@@ -10,6 +10,7 @@ from tomexport.exporter.methods.dtps import DTPS
 from tomexport.exporter.methods.dynamicvit import DYNAMICVIT
 from tomexport.exporter.methods.etps import ETPS
 from tomexport.exporter.methods.evit import EVIT
+from tomexport.exporter.methods.evo_vit import EVO_VIT
 from tomexport.exporter.methods.method import Method
 from tomexport.exporter.methods.pitome import PITOME
 from tomexport.exporter.methods.random import RANDOM
@@ -27,6 +28,7 @@ METHODS = (
     DYNAMICVIT,
     DTPS,
     ETPS,
+    EVO_VIT,
     TOPK,
     RANDOM,
 )

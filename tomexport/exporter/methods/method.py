@@ -36,6 +36,8 @@ class View(NamedTuple):
         raster: whether slots must stand where their first tokens stood.
         weights: the method's own, of this site; None for methods without.
         call, n_calls: which block call this is, from 0, and how many there are.
+        memory: what the method remembers of the blocks before; None of methods that do not, and
+            before the first block.
     """
 
     x: Tensor
@@ -48,6 +50,7 @@ class View(NamedTuple):
     weights: nn.Module | None = None
     call: int = 0
     n_calls: int = 1
+    memory: Tensor | None = None
 
     @property
     def attended(self) -> Signals:
@@ -126,6 +129,9 @@ class Method:
             method without weights.
         fitted: (weights in the file that are a method's) → the method as the file has it; None if
             it is the same with any.
+        remember: (memory or None, signals of a block, where its tokens are) → the memory after that
+            block, which `View.memory` shows to the next reduction. Where tokens are is the target
+            map (B, N) of the last reduction, −1 for those that wait; None while all are there.
     """
 
     name: str
@@ -141,6 +147,7 @@ class Method:
         | None
     ) = None
     fitted: Callable[[Mapping[str, Tensor]], Method] | None = None
+    remember: Callable[[Tensor | None, Signals, Tensor | None], Tensor] | None = None
 
     def configured(self, chosen: Mapping[str, str]) -> Method:
         """Return the method with options; its name says those that are not the defaults.
