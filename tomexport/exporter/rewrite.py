@@ -67,6 +67,11 @@ class ReducedModel(nn.Module):
                 f"{method.name} ranks tokens by what the class token attends to, and {plan.model} "
                 "has none; take a method that compares tokens, like tome."
             )
+        if method.drops and plan.staged and plan.removed_total:
+            raise RewriteError(
+                f"{method.name} drops tokens, and {plan.model} needs all of them again between its "
+                "stages. Take a method that merges them, like tome."
+            )
         if method.remember and plan.steps[0].removed:
             raise PlanError(
                 f"{method.name} chooses by what earlier blocks attended to, and there is none "

@@ -129,6 +129,7 @@ def test_ranks_of_many_are_a_permutation():
         (("evit:fuse=maybe", NAME), UnknownNameError, "Unknown fuse of evit 'maybe'"),
         (("evit:metric=k", NAME), UnknownNameError, "Unknown option of evit 'metric'"),
         (("evit", "sret_t"), RewriteError, "which the family 'sret' does not give"),
+        (("random", "sret_t"), RewriteError, "needs all of them again between its stages"),
         (("topk", "vit_base_patch16_siglip_224"), RewriteError, "what the class token attends to"),
     ],
 )

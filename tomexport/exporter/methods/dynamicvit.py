@@ -23,5 +23,6 @@ DYNAMICVIT = Method(
     counting=PREDICTED,
     reduce=by_choice(_choose),
     sizes=False,
+    drops=True,
     weights=predictors,
 )

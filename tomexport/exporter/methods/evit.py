@@ -45,6 +45,7 @@ def _evit(fuse: str) -> Method:
         counting=Counting(_fused_limit, _keep_fused) if fused else Counting(all_but_one),
         reduce=by_choice(partial(_choose, fuse=fused)),
         sizes=False,
+        drops=not fused,
         options={"fuse": ("yes", "no")},
         configure=_evit,
     )

@@ -122,6 +122,7 @@ class Method:
         sizes: whether slots have sizes, by which pooling weighs them; methods that drop tokens, or
             that were trained without, have none.
         weighs_keys: whether attention, too, weighs by the sizes, unless the user turns it off.
+        drops: whether some tokens go nowhere, so that nothing is there for them to come back to.
         options: what can be chosen, and the values of each, the default first.
         configure: (**chosen) → the method with other options than the defaults.
         weights: (sites, steps, weights in the file that are a method's) → the method's own, one per
@@ -139,6 +140,7 @@ class Method:
     counting: Counting
     reduce: Callable[[View], Reduced]
     sizes: bool = True
+    drops: bool = False
     weighs_keys: bool = True
     options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     configure: Callable[..., Method] | None = None

@@ -27,4 +27,5 @@ RANDOM = Method(
     counting=Counting(all_but_one),
     reduce=by_choice(_choose),
     sizes=False,
+    drops=True,
 )

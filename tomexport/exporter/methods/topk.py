@@ -21,4 +21,5 @@ TOPK = Method(
     counting=Counting(all_but_one),
     reduce=by_choice(_choose),
     sizes=False,
+    drops=True,
 )
