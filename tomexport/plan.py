@@ -67,6 +67,7 @@ class Counting:
         waits: whether tokens that are removed wait, and come back where the next ones are removed
             and at the end.
         macs: (site, tokens met) → MACs of linear layers of the method's own, where it acts.
+        note: what the reader of any plan should know of the counts.
     """
 
     limit: Limit
@@ -75,6 +76,7 @@ class Counting:
     place: str = BETWEEN
     waits: bool = False
     macs: Callable[[Site, int], int] = lambda site, tokens: 0
+    note: str = ""
 
     def shares(self, values: Sequence[float], n_places: int) -> tuple[float, ...]:
         """Return the share at each place of a keep schedule."""
@@ -576,7 +578,7 @@ class Plan:
             macs_spared=0 if model.n_read is None else last.cost.spared(*reduced[-1], model.n_read),
             flops_slides=model.flops_slides(reduced, steps[-1].left) + 2 * own,
             flops_slides_unreduced=model.flops_slides(unreduced, last.tokens_first),
-            notes=_notes(steps, schedule.padding(n)),
+            notes=_notes(steps, schedule.padding(n), counting.note),
         )
 
     @property
@@ -629,8 +631,8 @@ def _fit(request: int, tokens: int, limit: int, multiple: int) -> int:
     return max(0, limit - (limit - tokens) % multiple)
 
 
-def _notes(steps: Sequence[Step], padding: int) -> tuple[str, ...]:
-    notes = []
+def _notes(steps: Sequence[Step], padding: int, note: str) -> tuple[str, ...]:
+    notes = [note] if note else []
     capped = [step for step in steps if step.removed < step.requested]
     if capped:
         notes.append(f"capped at the most that can be removed there ({_where(capped)})")

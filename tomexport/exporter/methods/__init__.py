@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from tomexport.errors import pick
+from tomexport.exporter.methods.adaptive import refuse_adaptive
+from tomexport.exporter.methods.ats import ATS
 from tomexport.exporter.methods.bound import bound_of
 from tomexport.exporter.methods.diffrate import DIFFRATE
 from tomexport.exporter.methods.dtem import DTEM
@@ -29,6 +31,7 @@ METHODS = (
     DTPS,
     ETPS,
     EVO_VIT,
+    ATS,
     TOPK,
     RANDOM,
 )
@@ -40,10 +43,12 @@ def method_of(text: str) -> Method:
 
     "bound:…" is the free-merge bound of a method, "bound" alone that of ToMe.
 
-    Raises: UnknownNameError for a name, option or value that there is not.
+    Raises: UnknownNameError for a name, option or value that there is not, RewriteError for a
+        method whose counts depend on the image.
     """
     name, _, rest = text.partition(":")
     if name == _BOUND:
         return bound_of(method_of(rest or TOME.name))
+    refuse_adaptive(name)
     pairs = [pair.partition("=") for pair in rest.split(",") if pair]
     return pick("method", METHODS, name).configured({key: value for key, _, value in pairs})
