@@ -1,4 +1,4 @@
-"""Gathering whole tokens, in the form that each use of it wants."""
+"""Gathering by index, in the form that each use of it wants."""
 
 from __future__ import annotations
 
@@ -16,5 +16,15 @@ def rows(x: Tensor, index: Tensor) -> Tensor:
         {"batch_dims": 1},
         dtype=x.dtype,
         shape=(x.shape[0], index.shape[1], x.shape[2]),
+    )
+    return taken
+
+
+def entries(values: Tensor, index: Tensor) -> Tensor:
+    """Take the entries of values (B, M) that index (B, N) names, (B, N); both int32."""
+    if not torch.onnx.is_in_onnx_export():
+        return values.gather(1, index.long())
+    taken: Tensor = torch.onnx.ops.symbolic(  # torch gathers by int64 alone
+        "GatherElements", (values, index), {"axis": 1}, dtype=values.dtype, shape=index.shape
     )
     return taken

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tomexport.errors import PlanError, RewriteError
 from tomexport.exporter.families import family_of
 from tomexport.exporter.families.family import Family, Signals, Tokens
-from tomexport.exporter.gather import rows
+from tomexport.exporter.gather import entries, rows
 from tomexport.exporter.methods.method import Method, Reduced, View
 from tomexport.plan import BEFORE, BETWEEN, Plan, Step
 
@@ -209,14 +209,15 @@ def _restored(x: Tensor, state: _Stage, n: int) -> Tensor:
 
     Those that waited are as they were.
     """
-    # by way of int32: OpenVINO has no int64, and does not convert what operators of ours give
-    maps = [target.int().long() for target in state.targets if target is not None]
+    # as int32: OpenVINO has no int64, and does not convert what operators of ours give
+    maps = [target.int() for target in state.targets if target is not None]
     if not maps:
         places = torch.arange(n) * x.shape[1] // n  # evenly
         return x if x.shape[1] == n else x.index_select(1, places)
     place = maps[0]  # (B, N)
     for target in maps[1:]:
-        place = target.gather(1, place)
+        place = entries(target, place)
+    place = place.long()
     if state.waiting is None:
         return rows(x, place)
     return torch.where(place[:, :, None] < 0, state.waiting, rows(x, place.clamp(min=0)))

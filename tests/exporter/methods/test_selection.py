@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -12,7 +13,8 @@ import tomexport
 from tests.exporter.methods import by_hand
 from tests.exporter.methods.by_hand import Block
 from tomexport.errors import PlanError, RewriteError, UnknownNameError
-from tomexport.exporter.methods.selection import ranks
+from tomexport.exporter.methods.method import View
+from tomexport.exporter.methods.selection import ranks, squeeze_best
 
 NAME = "deit_tiny_patch16_224"
 # two implementations in float32, 12 blocks: measured 2e-6 of the largest output
@@ -142,3 +144,12 @@ def test_refuses(seeded, arguments, error, message):
 def test_refuses_to_fuse_one_token():
     with pytest.raises(PlanError, match="leaves one over"):
         tomexport.plan(NAME, "keep:0.99@3,6", method="evit")
+
+
+def test_who_is_kept_leads_those_that_join():
+    x = torch.tensor([[[1.0, 0], [0, 1], [1, 0.1], [0.1, 1]]])  # the first of each pair goes
+    step = dataclasses.replace(tomexport.plan(NAME, "none").steps[0], tokens_in=4, tokens_out=2)
+    view = View(x, x, torch.ones(1, 4, 1), None, step, n_prefix=0)
+    choice = squeeze_best(view, torch.tensor([[0.1, 0.2, 0.9, 0.8]]))
+    assert choice.target.tolist() == [[0, 1, 0, 1]]
+    assert choice.leads.tolist() == [[False, False, True, True]]

@@ -77,6 +77,7 @@ def squeeze_best(view: View, score: Tensor) -> Choice:
         weight=weight.gather(1, place),
         mean=True,
         margin=lambda: torch.minimum(order_gap(score, n_kept), host_gap(alike)),
+        leads=place < view.step.tokens_out,
     )
 
 

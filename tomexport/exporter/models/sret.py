@@ -135,9 +135,10 @@ class Attention(nn.Module):
         n_batch, n, dim = x.shape
         n_heads, n_runs, run = self.n_heads, self.n_heads * n_slices, n // n_slices
         qkv = self.qkv(x).reshape(n_batch, n, 3 * n_heads, dim // n_heads).transpose(1, 2)
-        keys = qkv[:, n_heads : 2 * n_heads]
+        before = None
         bias = None if size is None else size.log().reshape(-1, n)  # (1 or B, N)
         if order is not None:
+            before = qkv[:, n_heads : 2 * n_heads]
             qkv = qkv.index_select(2, order.forth)
             bias = None if bias is None else bias.index_select(1, order.forth)
         if bias is not None:
@@ -145,6 +146,8 @@ class Attention(nn.Module):
             bias = torch.cat([bias] * n_heads, dim=1) if n_slices > 1 else bias  # and head
         parts = qkv.reshape(n_batch, 3 * n_runs, run, dim // n_heads)
         q, k, v = torch.split(parts, n_runs, dim=1)  # (B, heads · slices, N / slices, D) each
+        # in their own order the keys are these, seen otherwise: no slice to be computed
+        keys = k.reshape(n_batch, n_heads, n, dim // n_heads) if before is None else before
         out = attend(q, k, v, bias, self.scale).reshape(n_batch, n_heads, n, dim // n_heads)
         if order is not None:
             out = out.index_select(2, order.back)
