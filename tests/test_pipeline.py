@@ -166,9 +166,9 @@ def test_a_model_that_gives_nan_is_refused(tmp_path, seeded):
 
 def test_a_signal_that_the_family_does_not_give(seeded):
     method = dataclasses.replace(TOME, name="other", needs=("class_attention",))
-    plan = tomexport.plan(seeded("test_vit"), "const:8")
-    with pytest.raises(RewriteError, match="other needs class_attention, which the family 'vit'"):
-        ReducedModel(seeded("test_vit"), plan, method)
+    plan = tomexport.plan(seeded("sret_t"), "const:8")
+    with pytest.raises(RewriteError, match="other needs class_attention, which the family 'sret'"):
+        ReducedModel(seeded("sret_t"), plan, method)
 
 
 def test_a_model_that_pytorch_cannot_trace(tmp_path, seeded, monkeypatch):
@@ -271,7 +271,7 @@ def test_baselines_are_written_beside_the_file_and_found_by_profile(seeded, tmp_
     none, bound = (r.metadata.plan for r in report.baselines)
     assert none.removed_total == 0
     assert [s.removed for s in bound.steps] == [s.removed for s in report.metadata.plan.steps]
-    assert bound.method == "bound"
+    assert bound.method == "bound:tome"
     assert not report.baselines[1].metadata.decisions
     graph = onnx.load(tmp_path / "m.bound.onnx")
     assert not graph.functions
