@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 from benchmarks import command
 from benchmarks.latency import cases, tables
-from benchmarks.latency.cases import BATCHES, MODELS, REWRITES, RUNTIMES, SCHEDULES, Model
+from benchmarks.latency.cases import BATCHES, METHODS, MODELS, REWRITES, RUNTIMES, SCHEDULES
 from benchmarks.latency.results import Results
 from tomexport.runtime.timing import MIN_ROUNDS
 
@@ -44,6 +44,13 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--schedules", nargs="+", default=SCHEDULES, help="tokens to remove")
     add("--runtimes", nargs="+", choices=runtimes, default=runtimes)
     add(
+        "--methods",
+        nargs="*",
+        choices=METHODS,
+        default=METHODS,
+        help=f"methods to compare on {cases.METHODS_MODEL} at batch 1; none to leave them out",
+    )
+    add(
         "--rewrites",
         nargs="*",
         choices=REWRITES,
@@ -59,15 +66,11 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _groups(options: argparse.Namespace) -> list[cases.Group]:
     return list(
         cases.groups(
-            [_model(name) for name in options.models], options.batches, options.schedules,
+            [cases.model(name) for name in options.models], options.batches, options.schedules,
             [runtime for runtime in RUNTIMES if runtime.name in options.runtimes],
-            options.rewrites, options.rounds, options.launches,
+            list(options.methods), options.rewrites, options.rounds, options.launches,
         )
     )  # fmt: skip
-
-
-def _model(name: str) -> Model:
-    return next((model for model in MODELS if model.name == name), Model(name))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,15 @@ REWRITES = {
     "last block": "last block computes the class token alone",
     "GELU": "GELU in the form that runtimes fuse",
 }
+# every method where it is published, at as many MACs: 2.98 to 3.03 G on the model below
+METHODS = {
+    **dict.fromkeys(("tome", "dtem", "pitome", "tofu", "diffrate"), "const:11"),
+    **dict.fromkeys(("evit", "evit:fuse=no", "dynamicvit", "dtps", "etps"), "keep:0.7@3,6,9"),
+    "evo-vit": "keep:0.5@4,8",
+    **dict.fromkeys(("ats", "topk", "random"), "keep:0.7@3,6,9"),
+}
+METHOD_FORMS = {form for name in METHODS for form in (name, f"{BOUND}:{name}")}
+METHODS_MODEL, METHODS_ROUNDS, METHODS_LAUNCHES = "deit_small_patch16_224", 60, 3
 REWRITE_SCHEDULE = "const:8"  # of the bound and of the slice export that it is held against
 
 
@@ -58,6 +67,11 @@ MODELS = (
 )
 
 
+def model(name: str) -> Model:
+    """Return the model of a name; any other one of timm's is measured as a base model is."""
+    return next((each for each in MODELS if each.name == name), Model(name))
+
+
 @dataclass(frozen=True)
 class Runtime:
     """A runtime, its device, and the precision that it is asked for; None for its own."""
@@ -82,8 +96,9 @@ class Variant:
     """A file and how it runs.
 
     Attributes:
-        form: FUSED, PORTABLE, BOUND, NAIVE, NONE, TIMM, SLICE, or for the rewrites "all", which is
-            NONE of the model with LayerScale, and "without …".
+        form: FUSED, PORTABLE, BOUND, NAIVE, NONE, TIMM, SLICE; for the methods a method's name, and
+            that of its bound; for the rewrites "all", which is NONE of the model with LayerScale,
+            and "without …".
         schedule: what it removes; "none" for nothing.
     """
 
@@ -95,15 +110,26 @@ class Variant:
         """The variant as its file is called: fused and portable are one file run in two ways."""
         return Variant(FUSED, self.schedule) if self.form == PORTABLE else self
 
+    @property
+    def method(self) -> str | None:
+        """The method that it is exported with; None if others export it."""
+        ours = {NONE: "tome", "all": "tome", FUSED: "tome", BOUND: BOUND}
+        return self.form if self.form in METHOD_FORMS else ours.get(self.form)
+
+    @property
+    def merged(self) -> bool:
+        """Whether fused kernels are to carry it out."""
+        return self.form == FUSED or self.form in METHODS
+
 
 @dataclass(frozen=True)
 class Group:
     """One interleaved measurement.
 
     Attributes:
-        part: "schedules" or "rewrites".
+        part: "schedules", "methods" or "rewrites".
         model, batch, runtime: what runs, and where.
-        schedules: that are compared in it.
+        schedules: that are compared in it, or methods.
         rounds: at least so many.
         launches: of the processes, which share the rounds.
         variants: what takes turns.
@@ -147,6 +173,12 @@ def schedule_variants(schedules: Sequence[str]) -> tuple[Variant, ...]:
     return (Variant(NONE), Variant(TIMM), *(Variant(f, s) for s in schedules for f in forms))
 
 
+def method_variants(methods: Sequence[str]) -> tuple[Variant, ...]:
+    """Return every method and its bound, and the unmerged model."""
+    forms = ((form, METHODS[name]) for name in methods for form in (name, f"{BOUND}:{name}"))
+    return (Variant(NONE), *(Variant(*each) for each in forms))
+
+
 def rewrite_variants(names: Sequence[str]) -> tuple[Variant, ...]:
     """Return the unmerged export with each rewrite off, and what tests the bound's honesty."""
     without = (Variant(f"without {name}") for name in names)
@@ -159,21 +191,27 @@ def groups(
     batches: Sequence[int],
     schedules: Sequence[str],
     runtimes: Sequence[Runtime],
+    methods: Sequence[str],
     rewrites: Sequence[str],
     rounds: int | None = None,
     launches: int | None = None,
 ) -> Iterator[Group]:
-    """Yield all groups; the rewrites, unless none is named, on the first model at batch 1."""
-    for model in models:
+    """Yield all groups; the methods on one model, the rewrites on the first, both at batch 1."""
+    for each in models:
         for batch in batches:
-            for chunk, n_rounds, n_launches in _chunks(model, batch, schedules):
+            for chunk, n_rounds, n_launches in _chunks(each, batch, schedules):
                 for runtime in runtimes:
                     yield Group(
-                        "schedules", model, batch, runtime, chunk, rounds or n_rounds,
+                        "schedules", each, batch, runtime, chunk, rounds or n_rounds,
                         launches or n_launches, schedule_variants(chunk),
                     )  # fmt: skip
-    for runtime in runtimes if rewrites else ():
-        if runtime is not GPU:
+    for runtime in runtimes:
+        if methods and runtime is not GPU:
+            yield Group(
+                "methods", model(METHODS_MODEL), 1, runtime, tuple(methods),
+                rounds or METHODS_ROUNDS, launches or METHODS_LAUNCHES, method_variants(methods),
+            )  # fmt: skip
+        if rewrites and runtime is not GPU:
             yield Group(
                 "rewrites", models[0], 1, runtime, (REWRITE_SCHEDULE,),
                 rounds or REWRITE_ROUNDS, launches or REWRITE_LAUNCHES, rewrite_variants(rewrites),

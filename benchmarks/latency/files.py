@@ -16,7 +16,7 @@ from torch import nn
 
 import tomexport
 from benchmarks.latency import peers, rewrites
-from benchmarks.latency.cases import BOUND, FUSED, NAIVE, NONE, SLICE, TIMM, Group, Variant
+from benchmarks.latency.cases import METHOD_FORMS, NAIVE, SLICE, TIMM, Group, Variant
 from tomexport.artifact import golden_images
 from tomexport.exporter.weights import seed_weights
 from tomexport.exporter.zoo import timm
@@ -67,10 +67,13 @@ def write(folder: Path, group: Group, progress: Callable[[str], None]) -> None:
 
 def _export(variant: Variant, group: Group, target: Path) -> None:
     form, schedule = variant.form, variant.schedule
+    options: dict[str, Any] = {"batch": group.batch, "method": variant.method, "force": True}
+    if variant.form in METHOD_FORMS:  # by name: so a method's own weights are seeded, too
+        name = group.model.name
+        tomexport.export(name, schedule, target, verify=False, random_weights=SEED, **options)
+        return
     model = module(group.model.name, form in _LAYER_SCALE)
-    ours = {NONE: "tome", "all": "tome", FUSED: "tome", BOUND: "bound"}
-    if form in ours:
-        options: dict[str, Any] = {"batch": group.batch, "method": ours[form], "force": True}
+    if variant.method:
         tomexport.export(model, schedule, target, verify=False, **options)
     elif form.startswith("without "):
         rewrites.export_without(form.removeprefix("without "), model, group.batch, target)

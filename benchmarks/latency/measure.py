@@ -19,6 +19,7 @@ from benchmarks.latency.cases import (
     BOUND,
     FUSED,
     GPU,
+    METHOD_FORMS,
     NAIVE,
     NONE,
     PORTABLE,
@@ -150,7 +151,7 @@ def _load(
             else:
                 job = _job(group, variant, files.path(folder, group, variant), threads)
                 each = stack.enter_context(worker(job))
-            if variant.form == FUSED and not each.kernels:
+            if variant.merged and not each.kernels:
                 raise BackendError("no fused kernels here; `tomexport doctor` says why")
             return each, each.output()  # one that loads but cannot run fails here
         except TomexportError as err:
@@ -182,7 +183,7 @@ def _job(group: Group, variant: Variant, path: Path, threads: int) -> Job:
 
 def _difference(variant: Variant, outputs: dict[Variant, Array]) -> float | None:
     """Return max |Δ| to the variant that must compute the same, relative where that exceeds 1."""
-    if variant.form in _ALONE:
+    if variant.form in _ALONE or variant.form in METHOD_FORMS:
         return None
     twin = Variant(_EQUALS.get(variant.form, NONE), variant.schedule)
     if twin not in outputs:

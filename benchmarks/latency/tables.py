@@ -8,6 +8,8 @@ from typing import Any
 from benchmarks.latency.cases import (
     BOUND,
     FUSED,
+    METHODS,
+    METHODS_MODEL,
     MODELS,
     NAIVE,
     NONE,
@@ -20,9 +22,11 @@ from benchmarks.latency.cases import (
 )
 from benchmarks.latency.results import Results
 from benchmarks.pages import README, ROOT, Measured, between, machine, measured, table, wrapped
+from tomexport import plan
 
 SOURCE = ROOT / "benchmarks/results/latency.json"
 RESULTS = ROOT / "benchmarks/RESULTS.md"
+_GIGA = 1e9
 _TWINS = {
     PORTABLE: "standard operators against fused",
     NAIVE: "naive scatter against ours",
@@ -92,6 +96,22 @@ def _by_model(groups: Sequence[Measured], schedule: str, columns: Sequence[str])
 def _in_order(groups: Sequence[Measured]) -> list[str]:
     found = dict.fromkeys(s for group in groups for s in group.record["schedules"])
     return sorted(found, key=lambda s: (SCHEDULES.index(s) if s in SCHEDULES else 99, s))
+
+
+def _methods(groups: Sequence[Measured]) -> str:
+    """Return a row for each method and runtime, with what it costs beyond its own bound."""
+    plans = {name: plan(METHODS_MODEL, schedule, method=name) for name, schedule in METHODS.items()}
+    rows = (
+        [f"`{name}`", f"`{METHODS[name]}`", f"{plans[name].macs / _GIGA:.2f}", group.runtime,
+         group.rounds, group.speedup(own), group.speedup(bound), group.overhead(own, bound)]
+        for name in METHODS
+        for group in groups
+        if (own := (name, METHODS[name])) in group
+        and (bound := (f"{BOUND}:{name}", METHODS[name])) in group
+    )  # fmt: skip
+    head = ("method", "schedule", "GMACs", "runtime", "rounds", "speed-up", "if it were free",
+            "overhead")  # fmt: skip
+    return table(head, rows)
 
 
 def _rewrites(groups: Sequence[Measured]) -> str:
@@ -176,6 +196,9 @@ def page(results: Results, source: str) -> str:
         groups = measured(results, "schedules", device="CPU", **where)
         heading = f"## `{record['model']}`, batch {record['batch']}\n"
         parts += [heading, _by_schedule(groups), cited]
+    if groups := measured(results, "methods"):
+        parts += [f"## Methods at equal MACs: `{METHODS_MODEL}`, batch 1\n"]
+        parts += [_METHODS_TEXT, _methods(groups), cited]
     if groups := measured(results, "rewrites"):
         model = groups[0].record["model"]
         parts += [f"## Exact rewrites of the graph: `{model}`, batch 1, unmerged\n"]
@@ -184,6 +207,10 @@ def page(results: Results, source: str) -> str:
     return "\n".join(parts)
 
 
+_METHODS_TEXT = """\
+Every method with its own schedule where it is published. The overhead is over the method's own
+bound, in which a Slice stands in the place of every choice and reduction.
+"""
 _REWRITES_TEXT = """\
 How much longer the unmerged export takes with this one rewrite turned off, the others being on;
 and the largest difference that it makes to the output, relative where outputs exceed 1.
@@ -219,7 +246,7 @@ def _worst(results: Results) -> list[str]:
         )
     refused = {
         (group.runtime, variant["form"], variant["refused"])
-        for part in ("schedules", "rewrites")
+        for part in ("schedules", "methods", "rewrites")
         for group in measured(results, part)
         for variant in group.record["variants"]
         if "refused" in variant

@@ -22,7 +22,7 @@ def _run(folder, *more):
     latency.main(
         ["--models", "test_vit", "--batches", "1", "--schedules", SCHEDULE, "--threads", "1",
          "--rounds", "6", "--seconds", "0", "--work", str(folder / "work"),
-         "--out", str(folder / "out.json"), *more]
+         "--out", str(folder / "out.json"), "--methods", *more]
     )  # fmt: skip
     return Results.load(folder / "out.json")
 
@@ -104,6 +104,20 @@ def test_what_is_measured_is_not_measured_again(folder, results, capsys):
     assert more.groups[:2] == results.groups
 
 
+def test_every_method_has_a_row_beside_its_bound(tmp_path, monkeypatch):
+    monkeypatch.setattr(cases, "METHODS_MODEL", "test_vit")
+    options = ["--runtimes", "onnxruntime", "--rewrites", "--methods", "evit", "dynamicvit"]
+    results = _run(tmp_path, "--rewrites", *options)
+    variants = _variants(results, "methods")
+    bounds = {form for form, _ in variants if form.startswith("bound:")}
+    assert bounds == {"bound:evit", "bound:dynamicvit"}
+    assert np.shape(variants["bound:evit", "keep:0.7@3,6,9"]["us"]) == (cases.METHODS_LAUNCHES, 2)
+    assert "no fused kernels" in variants["evit", "keep:0.7@3,6,9"]["refused"]  # off in tests
+    page = tables.page(results, "out.json")
+    (row,) = [line for line in page.splitlines() if line.startswith("| `evit` |")]
+    assert row.count("×") == 2  # rounds, the bound's speed-up
+
+
 def test_results_of_another_machine_are_not_added_to(folder, results, tmp_path):
     data = json.loads((folder / "out.json").read_text())
     data["machine"]["cpu"] = "another"
@@ -143,7 +157,7 @@ def test_modules_of_pytorch_take_turns_and_agree(device):
 
 def test_large_models_are_split_and_the_headline_has_its_rounds():
     runtimes = [runtime for runtime in cases.RUNTIMES if runtime is not GPU]
-    found = list(cases.groups(cases.MODELS, (1, 8), cases.SCHEDULES, runtimes, ()))
+    found = list(cases.groups(cases.MODELS, (1, 8), cases.SCHEDULES, runtimes, (), ()))
     assert len({group.key for group in found}) == len(found)
     assert {s for group in found for s in group.schedules} == set(cases.SCHEDULES)
     headline = [group for group in found if group.rounds >= 200]
