@@ -211,7 +211,7 @@ def groups(
                 "methods", model(METHODS_MODEL), 1, runtime, tuple(methods),
                 rounds or METHODS_ROUNDS, launches or METHODS_LAUNCHES, method_variants(methods),
             )  # fmt: skip
-        if rewrites and runtime is not GPU:
+        if models and rewrites and runtime is not GPU:
             yield Group(
                 "rewrites", models[0], 1, runtime, (REWRITE_SCHEDULE,),
                 rounds or REWRITE_ROUNDS, launches or REWRITE_LAUNCHES, rewrite_variants(rewrites),
