@@ -24,7 +24,7 @@ from tomexport.kernels import build
 
 settings.register_profile("ci", derandomize=True, deadline=None)
 settings.load_profile("ci")
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @lru_cache(maxsize=4)
