@@ -393,7 +393,7 @@ def _show(
 
     console = Console(highlight=False, markup=False)
     console.width = max(console.width, width if console.is_terminal else 160)  # no digit is cut off
-    console.print(render(tables))
+    console.print(render(tables), soft_wrap=not console.is_terminal)  # nor is a path broken
 
 
 def _notes(notes: tuple[str, ...]) -> None:
