@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tomexport import scratch
+from tomexport.delivery import check_file
 from tomexport.errors import ExportError, need
 from tomexport.runtime.baselines import BOUND, FUSED, NONE, PORTABLE
 from tomexport.runtime.profile import ProfileReport, Run, Variant, percent, times
@@ -19,12 +20,7 @@ def check(path: Path, *, force: bool) -> None:
     Raises: MissingExtraError without matplotlib, ExportError if the file cannot be written.
     """
     need("matplotlib", "chart")
-    if path.suffix != ".png":
-        raise ExportError(f"{path.name}: a chart is a .png, not {path.suffix!r}.")
-    if not path.parent.is_dir():
-        raise ExportError(f"There is no folder {path.parent} for {path.name}; make it first.")
-    if path.exists() and not force:
-        raise ExportError(f"{path} exists already; --force replaces it.")
+    check_file(path, ".png", "a chart", force)
 
 
 def draw(report: ProfileReport, path: Path) -> None:

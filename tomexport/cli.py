@@ -165,6 +165,9 @@ def cli() -> None:
     _img_size,
     click.option("--opset", type=int, help="ONNX opset, 18 or newer.  [default: 18]"),
     click.option("--half", is_flag=True, help="Store the weights of an .xml as float16."),
+    click.option("--trace", is_flag=True, help=(
+        "Give out where tokens went as well: outputs decision_0, …, one for each reduction."
+    )),
     click.option("--random-weights", type=int, metavar="SEED",
                  help="Seeded weights instead of trained ones, for trials with a name."),
     click.option("--permutation-seed", type=int, metavar="SEED", help=(

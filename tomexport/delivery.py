@@ -63,6 +63,37 @@ def staging(output: Path) -> Iterator[Path]:
         ) from err
 
 
+def check_file(path: Path, suffix: str, what: str, force: bool) -> None:
+    """Refuse a result's file that cannot be written, before any work is done.
+
+    Args:
+        path: the file.
+        suffix: what its name must end with: ".png".
+        what: what it is, in words: "a chart".
+        force: replace an existing file.
+
+    Raises: ExportError saying why.
+    """
+    if path.suffix != suffix:
+        raise ExportError(f"{path.name}: {what} is a {suffix}, not {path.suffix!r}.")
+    if path.is_dir():
+        raise ExportError(f"{path} is a folder; name a file in it.")
+    if not path.parent.is_dir():
+        raise ExportError(f"There is no folder {path.parent} for {path.name}; make it first.")
+    if path.exists() and not force:
+        raise ExportError(f"{path} exists already; --force replaces it.")
+
+
+def write_file(path: Path, content: bytes, force: bool) -> int:
+    """Write one file, whole or not at all; return its size in bytes.
+
+    Raises: ExportError if it cannot be written.
+    """
+    with staging(path) as folder:
+        (folder / path.name).write_bytes(content)
+        return publish(folder, path, force)[str(path)]
+
+
 def write(graph: ir.Model, metadata: Metadata, golden: Golden, staged: Path) -> None:
     """Write the file, whole, with its metadata and golden set inside."""
     text = {METADATA_KEY: metadata.to_json(), GOLDEN_KEY: golden.to_text()}

@@ -196,6 +196,7 @@ def export(
     opset: int | None = None,
     ops: str | None = None,
     half: bool = False,
+    trace: bool = False,
     prop_attn: bool = True,
     random_weights: int | None = None,
     permutation_seed: int | None = None,
@@ -223,6 +224,8 @@ def export(
         opset: ONNX opset; None for 18.
         ops: "custom" or "portable"; None is custom for .onnx, portable for .xml.
         half: store the weights of an .xml as float16.
+        trace: give out the target map of each reduction too, (batch, N) integers: the slot that
+            each token goes to, −1 for none. The outputs are called as `Metadata.decisions` says.
         prop_attn: weight keys by the patches they stand for.
         random_weights: seed for weights instead of trained ones.
         permutation_seed: seed for the orders in which SReT's second visits take their tokens;
@@ -255,7 +258,9 @@ def export(
     from tomexport.exporter.to_onnx import to_onnx
 
     opset = opset or DEFAULT_OPSET
-    graph, decisions = to_onnx(reduced, batch=batch, opset=opset, portable=ops == "portable")
+    graph, decisions = to_onnx(
+        reduced, batch=batch, opset=opset, portable=ops == "portable", trace=trace
+    )
     progress("recording the golden set")
     golden = record(reduced, found.model, golden_images(reduced.input_shape))
     metadata = _metadata(found, reduced, batch, opset, ops, half, prop_attn, decisions)

@@ -20,6 +20,7 @@ from tomexport.artifact import DOMAIN
 from tomexport.errors import ExportError, pick, plain
 from tomexport.exporter.rewrite import ReducedModel
 from tomexport.kernels.operators import OPERATORS
+from tomexport.plan import Plan
 
 INPUT_NAME = "image"
 _ANY_SIZE = 2**40
@@ -30,7 +31,7 @@ _IR_VERSION = 10  # the first with overloads, which give each site a body of its
 
 
 def to_onnx(
-    model: ReducedModel, *, batch: int | None, opset: int, portable: bool
+    model: ReducedModel, *, batch: int | None, opset: int, portable: bool, trace: bool = False
 ) -> tuple[ir.Model, tuple[str, ...]]:
     """Export a reduced module.
 
@@ -39,14 +40,17 @@ def to_onnx(
         batch: images per call, or None for any number.
         opset: ONNX opset, 18 or newer.
         portable: standard operators only, instead of nodes of our domain with function bodies.
+        trace: give out the target maps as well, after the model's own output.
 
     Returns:
         The graph, and the names of the target maps inside it, one per reduction.
 
-    Raises: ExportError if PyTorch cannot trace or convert the model.
+    Raises: ExportError if PyTorch cannot trace or convert the model, or if there is no map to give.
     """
     graph_model = _trace(model.folded(), batch, opset)
     decisions = _attach_bodies(graph_model, opset)
+    if trace:
+        _give_out(graph_model, decisions, model.plan)
     if portable:
         passes.InlinePass()(graph_model)
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph_model)
@@ -137,6 +141,17 @@ def _attach_bodies(graph_model: ir.Model, opset: int) -> tuple[str, ...]:
             decisions.append(target.name)
     graph_model.opset_imports[DOMAIN] = 1
     return tuple(decisions)
+
+
+def _give_out(graph_model: ir.Model, decisions: tuple[str, ...], plan: Plan) -> None:
+    if not decisions:
+        raise ExportError(
+            f"There is no choice of tokens to trace: {plan.method} with {plan.schedule} makes none "
+            "that an image could change. Leave --trace out."
+        )
+    values = {value.name: value for node in graph_model.graph for value in node.outputs}
+    values |= {value.name: value for node in graph_model.graph for value in node.inputs if value}
+    graph_model.graph.outputs.extend(values[name] for name in decisions)
 
 
 def _require_static(graph_model: ir.Model, batch: int | None) -> None:

@@ -132,6 +132,8 @@ def _with_outputs(path: Path, names: Sequence[str]) -> Any:
     """Return the model, as bytes, with values inside the graph as further outputs."""
     onnx = need("onnx", "onnxruntime")
     model = onnx.load(path, load_external_data=False)
+    given = {output.name for output in model.graph.output}  # a traced file gives them anyway
     for name in names:
-        model.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
+        if name not in given:
+            model.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
     return model.SerializeToString()

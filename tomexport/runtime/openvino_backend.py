@@ -31,6 +31,7 @@ _TYPES = {"f32": "f32", "float32": "f32", "bf16": "bf16", "bfloat16": "bf16", "f
 @dataclass(frozen=True)
 class _Session:
     _compiled: Any
+    _outputs: tuple[int, ...]
     input_shape: tuple[int | None, ...]
     precision: str
     kernels: bool
@@ -41,7 +42,7 @@ class _Session:
             self._own.request = self._compiled.create_infer_request()
         results = self._own.request.infer(images, share_inputs=True)
         # a copy, because the next call writes into the same memory
-        return [np.array(results[i]) for i in range(len(self._compiled.outputs))]
+        return [np.array(results[i]) for i in self._outputs]
 
     def operators(self) -> list[OperatorTime]:
         """Read the mean of the calls so far; what is ours carries our domain in its name."""
@@ -122,8 +123,11 @@ class OpenVino:
     def _compile(self, path: Path, request: Request, library: Path | None) -> _Session:
         core = self._core(library)
         model = self._read(core, path, library)
-        if request.extra_outputs:
-            model.add_outputs(list(request.extra_outputs))
+        extra = request.extra_outputs
+        if extra:
+            model.add_outputs(list(extra))  # a traced file has them already
+        names = [output.get_names() for output in model.outputs]
+        outputs = (0, *(next(i for i, n in enumerate(names) if name in n) for name in extra))
         hints: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
         if request.precision is not None:
             hints["INFERENCE_PRECISION_HINT"] = request.precision
@@ -145,7 +149,7 @@ class OpenVino:
             dim.get_length() if dim.is_static else None
             for dim in compiled.inputs[0].get_partial_shape()
         )
-        return _Session(compiled, shape, _TYPES.get(used, used), library is not None)
+        return _Session(compiled, outputs, shape, _TYPES.get(used, used), library is not None)
 
     @staticmethod
     def _precision(core: Any, request: Request) -> str:
