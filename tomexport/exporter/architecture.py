@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from tomexport.errors import CheckpointError, RewriteError, TomexportError
 from tomexport.exporter.checkpoint import Checkpoint
 from tomexport.exporter.layouts import LAYOUTS
-from tomexport.exporter.layouts.layout import Layout
+from tomexport.exporter.layouts.layout import Layout, Options
 from tomexport.exporter.zoo import check_name, preprocessing, skeleton, supported_names
 
 # module types that do nothing in evaluation, so that their presence makes no difference
@@ -57,7 +58,7 @@ def build(checkpoint: Checkpoint, arch: str | None = None) -> Built:
 
     Raises: CheckpointError if the weights do not fit, naming the keys, or fit several functions.
     """
-    layout = _layout(checkpoint)
+    layout = _layout(checkpoint, arch)
     state = layout.rename(checkpoint.state, checkpoint.source)
     state, notes = _without_spare(state, layout)
     state, extras, methods = _without_extras(state, layout)
@@ -74,22 +75,26 @@ def build(checkpoint: Checkpoint, arch: str | None = None) -> Built:
             notes.append(f"the file calls itself {own!r}, no supported timm name: found by shapes")
             name = None
     notes = [*checkpoint.notes, *notes]
+    said, words = _said(layout, state, checkpoint, name)
+    notes += words
     if name:
         _require_kin(name, layout, checkpoint.source)
-        options = layout.options(name, state, checkpoint.source)
+        options = layout.options(name, state, checkpoint.source) | said
         model = skeleton(name, **options)
         _require_fit(model, state, checkpoint.source, name, named_by_file=not arch)
         names: tuple[str, ...] = (name,)
         if not arch:
             notes.append(f"architecture {name}, as the file says")
     else:
-        names, options = _infer(state, layout, checkpoint.source)
+        names, options = _infer(state, layout, checkpoint.source, said)
         model = skeleton(names[0], **options)
         notes.append(_fitting_note(names))
     _require_floats(state, model, checkpoint.source)
     model.load_state_dict(state, assign=True)
     shared = {str(preprocessing(name)) for name in names}
     known = preprocessing(names[0]) if len(shared) == 1 else None
+    if layout.preprocessing and checkpoint.preprocessor:
+        known = layout.preprocessing(checkpoint.preprocessor) or known
     return Built(model.eval(), names, known, tuple(notes), extras, layout.methods + methods)
 
 
@@ -99,6 +104,37 @@ def _require_kin(name: str, layout: Layout, source: str) -> None:
             f"{source} names its weights as {layout.name} does, so it cannot be {name}, which is "
             "a model of another kind. Leave out --arch to have the architecture found by shapes."
         )
+
+
+def _said(
+    layout: Layout, state: Mapping[str, Tensor], checkpoint: Checkpoint, name: str | None
+) -> tuple[Options, list[str]]:
+    """Return what only the config.json beside the file tells of the model, and a note on it."""
+    if layout.said and checkpoint.config:
+        said = layout.said(checkpoint.config, state, checkpoint.source)
+        return said, [f"{', '.join(_plainly(said))}: as the config.json beside it says"]
+    if layout.untold and name is None:
+        file = "Put the model's config.json beside it, or name" if layout.said else "Name"
+        raise CheckpointError(
+            f"{checkpoint.source} names its weights as {layout.name}, and its tensors do not tell "
+            f"{layout.untold}. {file} the timm architecture that it is with --arch."
+        )
+    if layout.said is None:
+        return {}, []
+    return {}, [f"activation, epsilon and heads are those of {name}; there is no config.json"]
+
+
+def _plainly(said: Options) -> list[str]:
+    """Say options in words."""
+    kinds = {"num_heads": "{} heads", "act_layer": "activation {}", "norm_layer": "norms {}"}
+    return [kinds[key].format(_word(value)) for key, value in said.items()]
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, partial):
+        how = ", ".join(f"{key} {each}" for key, each in value.keywords.items())
+        return f"{value.func.__name__} of {how}"
+    return getattr(value, "__name__", str(value))
 
 
 def _require_floats(state: Mapping[str, Tensor], model: nn.Module, source: str) -> None:
@@ -119,10 +155,15 @@ def _fitting_note(names: tuple[str, ...]) -> str:
     )
 
 
-def _layout(checkpoint: Checkpoint) -> Layout:
-    for layout in LAYOUTS:
-        if layout.recognises(checkpoint.state):
-            return layout
+def _layout(checkpoint: Checkpoint, arch: str | None) -> Layout:
+    """Return the first layout that recognises a file; or, if it cannot tell, that arch has."""
+    name = (arch or "").partition(".")[0]  # without its tag
+    found = [layout for layout in LAYOUTS if layout.recognises(checkpoint.state)]
+    if found and found[0].untold:
+        fitting = [layout for layout in found if name in supported_names(layout.modules)]
+        return (fitting or found)[0]
+    if found:
+        return found[0]
     keys = list(checkpoint.state)
     raise CheckpointError(
         f"{checkpoint.source} does not hold a vision transformer of a known layout: its "
@@ -206,16 +247,16 @@ def _some(keys: list[str], limit: int = 6) -> str:
 
 
 def _infer(
-    state: Mapping[str, Tensor], layout: Layout, source: str
-) -> tuple[tuple[str, ...], dict[str, Any]]:
+    state: Mapping[str, Tensor], layout: Layout, source: str, said: Options
+) -> tuple[tuple[str, ...], Options]:
     """Return the names that fit, which all compute the same, and the options of the first."""
-    fits: dict[str, tuple[dict[str, Any], nn.Module]] = {}
+    fits: dict[str, tuple[Options, nn.Module]] = {}
     closest: tuple[int, str, nn.Module] | None = None
     for name in supported_names(layout.modules):
         if not layout.may_fit(name, state):
             continue
         try:
-            options = layout.options(name, state, source)
+            options = layout.options(name, state, source) | said
             model = skeleton(name, **options)
         except (CheckpointError, RewriteError):  # of a size that the name cannot have
             continue

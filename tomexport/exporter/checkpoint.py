@@ -8,9 +8,11 @@ import json
 import pickle
 import re
 import warnings
+import zipfile
+import zlib
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PosixPath
 from typing import Any
 
@@ -20,13 +22,16 @@ from torch import Tensor
 
 from tomexport.errors import CheckpointError, need, plain
 
-SUFFIXES = (".pth", ".pt", ".bin", ".safetensors", ".tar")  # .pth.tar is written by timm
+# .pth.tar is written by timm, .torch by SWAG's authors, .npz by those of ViT
+SUFFIXES = (".pth", ".pt", ".bin", ".safetensors", ".tar", ".torch", ".npz")
 
 _multiarray = importlib.import_module("numpy._core.multiarray")
 
 # where training code keeps the weights, the ones to prefer first
 _WRAPPERS = ("model", "state_dict", "module", "model_state_dict", "net", "ema", "model_ema",
              "state_dict_ema")  # fmt: skip
+# what model hubs call a file whose config.json names an architecture
+_HUB_STEMS = ("model", "pytorch_model")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 # plain containers of numbers that training files hold beside the weights
 _SAFE_GLOBALS: list[Any] = [
@@ -57,12 +62,16 @@ class Checkpoint:
         state: name → tensor; wrappers and prefixes are taken off, floats are float32.
         architecture: the name that the file gives itself, if it does.
         notes: what the user should know of how it was read.
+        config, preprocessor: what config.json and preprocessor_config.json beside the file hold, as
+            model hubs lay them out; empty if there are none.
     """
 
     source: str
     state: dict[str, Tensor]
     architecture: str | None
     notes: tuple[str, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+    preprocessor: Mapping[str, Any] = field(default_factory=dict)
 
 
 def looks_like_file(model: str) -> bool:
@@ -81,12 +90,19 @@ def load_checkpoint(path: Path) -> Checkpoint:
     check_file(path)
     if path.suffix.lower() == ".safetensors":
         content, metadata = _read_safetensors(path)
+    elif path.suffix.lower() == ".npz":
+        content, metadata = _read_npz(path), {}
     else:
         content, metadata = _read_pickle(path), {}
     state, notes = _find_state(content, path)
     state = _without_prefixes(state)
-    architecture = _architecture(content) or _architecture(metadata) or _sidecar(path)
-    return Checkpoint(path.name, _checked(state, path), architecture, tuple(notes))
+    config = _beside(path, "config.json")
+    hub = config if path.stem in _HUB_STEMS else {}
+    architecture = next(filter(None, map(_architecture, (content, metadata, hub))), None)
+    return Checkpoint(
+        path.name, _checked(state, path), architecture, tuple(notes), config,
+        _beside(path, "preprocessor_config.json"),
+    )  # fmt: skip
 
 
 def check_file(path: Path) -> None:
@@ -122,6 +138,17 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (safetensors.SafetensorError, OSError, ValueError) as err:
         raise CheckpointError(
             f"{path} is not a readable safetensors file ({plain(err)}); it may be cut off. "
+            "Copy or download it again."
+        ) from err
+
+
+def _read_npz(path: Path) -> dict[str, Tensor]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: torch.from_numpy(np.array(file[name])) for name in file.files}
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as err:
+        raise CheckpointError(
+            f"{path} is not a readable .npz of plain numbers ({plain(err)}); it may be cut off. "
             "Copy or download it again."
         ) from err
 
@@ -239,13 +266,10 @@ def _architecture(content: Any) -> str | None:
     return next((name for name in named if isinstance(name, str) and name), None)
 
 
-def _sidecar(path: Path) -> str | None:
-    """Return the architecture of a config.json beside the file, as model hubs lay it out."""
-    config = path.parent / "config.json"
-    if path.stem not in ("model", "pytorch_model") or not config.is_file():
-        return None
+def _beside(path: Path, name: str) -> Mapping[str, Any]:
+    """Return what a JSON file beside the checkpoint holds, as model hubs lay it out."""
     try:
-        content = json.loads(config.read_text())
-    except (OSError, ValueError):
-        return None  # another program's file, and only a hint
-    return _architecture(content)
+        content = json.loads((path.parent / name).read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}  # none, or another program's file
+    return content if isinstance(content, Mapping) else {}

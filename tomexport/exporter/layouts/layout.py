@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from tomexport.errors import CheckpointError
+
 State = Mapping[str, Tensor]
+Config = Mapping[str, Any]  # of a JSON file
+Names = tuple[tuple[str, str], ...]  # patterns of whole keys, and what they are called
+Options = dict[str, Any]  # of a model, as timm's functions take them
 # the scores of tokens that are trained beside a model, of whichever kind it is
 PREDICTORS = (r"score_predictor\..*", ("dynamicvit", "dtps"))
 
@@ -26,6 +33,12 @@ class Layout:
         spare: key patterns that the forward pass of the plain model never reads, and why.
         extras: key patterns of a method's own weights, and the methods that have such.
         methods: the methods whose files are named so, weights of their own or not.
+        untold: what of the model its tensors do not tell, so that it has to be named; empty if they
+            do.
+        said: (config.json beside the file, renamed weights, source) → the options that are
+            untold. None where there is no such file.
+        preprocessing: preprocessor_config.json beside the file → how images are prepared, or None
+            if it does not say.
         called: what the file calls its architecture → what it is called here.
         may_fit: (name, state) → tells cheaply whether a name can fit.
         options: (name, state, source) → what makes the name's model fit: classes, image size …
@@ -39,13 +52,44 @@ class Layout:
     spare: tuple[tuple[str, str], ...]
     called: Callable[[str], str]
     may_fit: Callable[[str, State], bool]
-    options: Callable[[str, State, str], dict[str, Any]]
+    options: Callable[[str, State, str], Options]
     describe: Callable[[State], str]
     extras: tuple[tuple[str, tuple[str, ...]], ...] = ()
     methods: tuple[str, ...] = ()
+    untold: str = ""
+    said: Callable[[Config, State, str], Options] | None = None
+    preprocessing: Callable[[Config], dict[str, Any] | None] | None = None
 
 
 def n_classes(state: State) -> int:
     """Return the rows of the head, 0 without one."""
     head = state.get("head.weight", state.get("head.bias"))
     return head.shape[0] if head is not None and head.ndim else 0
+
+
+def renamed(key: str, names: Names) -> str:
+    """Return what a key is called by the first pattern that fits, or the key."""
+    for pattern, name in names:
+        if re.fullmatch(pattern, key):
+            return re.sub(pattern, name, key)
+    return key
+
+
+def joined(state: dict[str, Tensor], parts: Sequence[str], source: str) -> Tensor:
+    """Take weights out of a state dict that are one layer here, and put their rows together.
+
+    Raises: CheckpointError if one is missing or of another width.
+    """
+    found = {part: state.pop(part) for part in parts if part in state}
+    if missing := [part for part in parts if part not in found]:
+        raise CheckpointError(
+            f"{source}: {' and '.join(found)} have no {missing[0]} beside them, in the names that "
+            "timm would give. Take a checkpoint that was saved whole."
+        )
+    if len({tensor.shape[1:] for tensor in found.values()}) > 1 or not found[parts[0]].ndim:
+        shapes = "; ".join(f"{part} is {tuple(t.shape)}" for part, t in found.items())
+        raise CheckpointError(
+            f"{source}: {shapes}, so they are no parts of one layer. The file is damaged, or of a "
+            "model that is not known here."
+        )
+    return torch.cat(list(found.values()))
