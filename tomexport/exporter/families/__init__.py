@@ -7,10 +7,11 @@ from torch import nn
 from tomexport.errors import RewriteError
 from tomexport.exporter.families.family import Family
 from tomexport.exporter.families.lvvit import LVVIT
+from tomexport.exporter.families.signal import SIGNAL
 from tomexport.exporter.families.sret import SRET
 from tomexport.exporter.families.vit import VIT
 
-FAMILIES = (VIT, LVVIT, SRET)
+FAMILIES = (VIT, LVVIT, SRET, SIGNAL)
 
 
 def family_of(model: nn.Module) -> Family:

@@ -1,5 +1,6 @@
 """Checkpoint layouts, one file each: which keys are a model's own, and which can be left."""
 
+from tomexport.exporter.layouts.ast import AST
 from tomexport.exporter.layouts.augreg import AUGREG
 from tomexport.exporter.layouts.deit3 import DEIT3
 from tomexport.exporter.layouts.dtem import DTEM
@@ -12,12 +13,14 @@ from tomexport.exporter.layouts.lvvit import LVVIT
 from tomexport.exporter.layouts.sret import SRET
 from tomexport.exporter.layouts.swag import SWAG
 from tomexport.exporter.layouts.timm import TIMM
+from tomexport.exporter.layouts.videomae import VIDEOMAE
 
 # the first that recognises a file
 LAYOUTS = (
     DTEM,
     EVO_VIT,
     LVVIT,
+    VIDEOMAE,
     DEIT3,
     TIMM,
     SRET,
@@ -27,4 +30,5 @@ LAYOUTS = (
     HF_SIGLIP,
     SWAG,
     AUGREG,
+    AST,
 )

@@ -195,22 +195,25 @@ class LVViT(nn.Module):
         return torch.cat([first, patches], dim=1) + self.pos_embed
 
     def classify(self, x: Tensor) -> Tensor:
-        """(B, N, C) → (B, classes); the patch tokens can be fewer than there were."""
-        x = self.norm(x)
+        """(B, N, C) after the norm → (B, classes); patches can be fewer than there were."""
         said: Tensor = self.head(x[:, 0])
         if self.aux_head is None:
             return said
         auxiliary: Tensor = self.aux_head(x[:, 1:]).amax(dim=1)
         return said + _AUXILIARY * auxiliary
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Compute the network with all of its tokens."""
+    def forward_features(self, image: Tensor) -> Tensor:
+        """Compute the tokens, (B, N, C), after the norm."""
         x = self.embed(image)
         for block in self.blocks:
             x = block(x)
-        return self.classify(x)
+        return cast(Tensor, self.norm(x))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Compute the network with all of its tokens."""
+        return self.classify(self.forward_features(image))
 
 
 def register(timm: Any) -> None:
     """Add the variants to timm's registry."""
-    registry.register(timm, __name__, LVViT, VARIANTS, lambda v: 224)
+    registry.register(timm, __name__, LVViT, VARIANTS, lambda v: {"input_size": (3, 224, 224)})

@@ -21,7 +21,7 @@ def register(
     module: str,
     network: Callable[..., nn.Module],
     variants: Mapping[str, Variant],
-    img_size: Callable[[Variant], int],
+    configuration: Callable[[Variant], dict[str, Any]],
 ) -> None:
     """Add the variants of a network to timm's registry.
 
@@ -30,10 +30,10 @@ def register(
         module: the name of the network's module.
         network: (variant, **options) → model.
         variants: by name.
-        img_size: height and width in pixels of the images that a variant was trained on.
+        configuration: what a variant was trained on, as timm says it: input_size (channels, height,
+            width), and mean and std where they are not timm's own.
     """
-    sizes = {name: img_size(variant) for name, variant in variants.items()}
-    configurations = {name: {"input_size": (3, size, size)} for name, size in sizes.items()}
+    configurations = {name: configuration(variant) for name, variant in variants.items()}
     vars(sys.modules[module])["default_cfgs"] = timm.models.generate_default_cfgs(configurations)
     for name, variant in variants.items():
         timm.models.register_model(_entrypoint(name, module, partial(network, variant)))

@@ -362,8 +362,8 @@ class SReT(nn.Module):
         """(B, C) → (B, classes)."""
         return cast(Tensor, self.head(self.norm(pooled)))
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Compute the network with all of its tokens."""
+    def forward_features(self, image: Tensor) -> Tensor:
+        """Compute the tokens of the last stage, (B, N, C), before they are pooled."""
         sizes = [rows * columns for rows, columns in map(self.grid, range(len(_DEPTHS)))]
         calls = iter(self.calls([n for n, d in zip(sizes, _DEPTHS, strict=True) for _ in range(d)]))
         x = self.embed(image)
@@ -372,9 +372,15 @@ class SReT(nn.Module):
             for _ in range(depth):
                 call = next(calls)
                 x = call.mlp(call.attention(x, None)[0])
-        return self.classify(x.mean(dim=1))
+        return x
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Compute the network with all of its tokens."""
+        return self.classify(self.forward_features(image).mean(dim=1))
 
 
 def register(timm: Any) -> None:
     """Add the variants to timm's registry."""
-    registry.register(timm, __name__, SReT, VARIANTS, lambda v: v.img_size)
+    registry.register(
+        timm, __name__, SReT, VARIANTS, lambda v: {"input_size": (3, v.img_size, v.img_size)}
+    )
