@@ -321,7 +321,7 @@ def test_an_option_that_cannot_be_is_refused(run, here, options):
     ("arguments", "words"),
     [
         ([*SEEDED, "-o", "out.onnx"], ["--schedule"]),
-        ([*SEEDED, "--schedule", "none"], ["--output"]),
+        ([*SEEDED, "--schedule", "none"], ["--out"]),
         (["export", "--schedule", "none", "-o", "out.onnx"], ["MODEL"]),
         (["plan", MODEL], ["--schedule"]),
         (["plan", "--schedule", "none"], ["MODEL"]),
@@ -884,3 +884,15 @@ def test_a_signal_ends_an_export_and_leaves_nothing(here, stage, delay, sent):
     else:
         assert process.returncode not in (0, 1, 2)
     assert listing(here) == {}
+
+
+def test_plan_of_tokens_counts_no_head_and_spares_nothing(run):
+    command = ("plan", "deit_tiny_patch16_224", "--schedule", "none", "--json")
+    logits, tokens = (json.loads(run(*command, *o).out) for o in ((), ("--output", "tokens")))
+    assert logits["macs"] - tokens["macs"] == 192 * 1000
+    assert logits["macs_spared"] > 0 == tokens["macs_spared"]
+
+
+def test_the_output_is_no_file(run, here):
+    refused = run(*SEEDED, "--schedule", "none", "-o", "m.onnx", "--output", "m2.onnx")
+    assert "Unknown output 'm2.onnx'; known: features, logits, tokens" in refused.error()

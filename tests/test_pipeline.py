@@ -285,3 +285,47 @@ def test_a_baseline_that_is_there_stops_the_export_before_any_work(seeded, tmp_p
             seeded("test_vit"), "const:8", tmp_path / "m.onnx", verify=False, with_baselines=True
         )
     assert [path.name for path in tmp_path.iterdir()] == ["m.none.onnx"]
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule", "method", "suffix"),
+    [
+        ("test_vit", "const:8", None, ".onnx"),
+        ("test_vit", "keep:0.6@2,4", "evo-vit", ".xml"),
+        ("sret_t", "exp:0.25,0", None, ".onnx"),
+    ],
+)
+def test_files_that_put_out_tokens_are_proven(
+    tmp_path, seeded, natural_images, name, schedule, method, suffix
+):
+    path, model = tmp_path / f"m{suffix}", seeded(name)
+    report = tomexport.export(model, schedule, path, method=method, output_kind="tokens")
+    assert report.verify.passed
+    assert {run.backend for run in report.verify.runs} >= {"openvino"}
+    assert {(run.images, run.top1) for run in report.verify.runs} == {(2, None)}
+    assert pipeline.describe(path).output == "tokens"
+    reduced = tomexport.reduce(model, schedule, method=method, output_kind="tokens")
+    image = natural_images(reduced.input_shape[1])[:1]
+    with torch.no_grad():
+        expected = reduced(torch.from_numpy(image)).numpy()
+    found = tomexport.load(path, precision="f32")(image)
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() <= 1e-4 * max(1, np.abs(expected).max())
+
+
+def test_wrong_tokens_are_seen(tmp_path, seeded):
+    path = tmp_path / "m.onnx"
+    tomexport.export(seeded("test_vit"), "const:8", path, output_kind="tokens", verify=False)
+    golden, _ = pipeline.reference(path, seeded("test_vit"))
+    assert golden.reduced.shape == (2, 100, 64)
+    assert tomexport.verify(path, golden=golden, backend="onnxruntime").passed
+    moved = dataclasses.replace(golden, reduced=np.roll(golden.reduced, 1, axis=1))
+    assert not tomexport.verify(path, golden=moved, backend="onnxruntime").passed
+
+
+def test_an_output_that_there_is_not_is_refused(tmp_path, seeded):
+    with pytest.raises(UnknownNameError, match=r"Unknown output 'model\.onnx'; known: features"):
+        tomexport.plan(seeded("test_vit"), "none", output_kind="model.onnx")
+    with pytest.raises(RewriteError, match="test_vit puts out logits, not features"):
+        tomexport.reduce(seeded("test_vit"), "none", output_kind="features")
+    assert tomexport.reduce(seeded("test_vit"), "none", output_kind="logits").output == "logits"

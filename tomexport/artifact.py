@@ -28,7 +28,9 @@ DOMAIN = "tomexport"  # of the operators, and of everything we write into a file
 METADATA_KEY = "metadata"
 GOLDEN_KEY = "golden"
 FORMAT_VERSION = 1
+TOKENS = "tokens"  # an output: one feature of each patch
 N_GOLDEN = 8
+N_GOLDEN_TOKENS = 2  # each is as large as all tokens of an image
 GOLDEN_SEED = 2023
 # what `Metadata.weights` says where there is no file; after RANDOM comes the seed
 IN_MEMORY, PRETRAINED, RANDOM = "a module in memory", "timm, pretrained", "random, seed"
@@ -44,7 +46,7 @@ class Metadata:
         plan: token counts and MACs.
         names: timm names of the architecture; more than one if the weights cannot tell.
         input_shape: (batch, channels, height, width); batch None if it is dynamic.
-        output: "logits" or "features".
+        output: "logits", "features" or "tokens".
         ops: "custom" or "portable".
         prop_attn: whether keys are weighted by the patches they stand for.
         half: whether weights are stored as float16.
@@ -112,8 +114,8 @@ class Golden:
 
     Attributes:
         images: (B, channels, height, width) float32.
-        reduced: (B, classes) outputs of the reduced module.
-        original: (B, classes) outputs of the original module.
+        reduced: (B, classes) outputs of the reduced module; tokens are (B, patches, channels).
+        original: the same of the original module.
         targets: one (B, N) map per reduction: the slot of each token.
         margins: (reductions, B) how far the nearest other decision was.
     """

@@ -108,6 +108,11 @@ _arch = click.option(
 _img_size = click.option(
     "--img-size", type=_Size(), help="Image size to resample the positions for."
 )
+_output_kind = click.option(
+    "--output", "output_kind", metavar="logits|features|tokens", help=(
+        "tokens: a feature of each patch, for dense heads.  [default: what MODEL has]"
+    ),
+)  # fmt: skip
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 _debug = click.option(
     "--debug", is_flag=True, expose_value=False, help="Show the traceback of an error."
@@ -142,8 +147,9 @@ def cli() -> None:
     tomexport kernels build|list|clean      the fused kernels of this machine
     tomexport doctor                        what this machine has
 
-    MODEL is a checkpoint (.pth .pt .bin .safetensors .pth.tar) or a name, timm's or of SReT
-    (sret_t). Exit codes: 0 done, 1 a check failed, 2 anything else that stops it, 130 interrupted.
+    MODEL is a checkpoint (.pth .pt .bin .safetensors .pth.tar .torch .npz) or a name, timm's or of
+    SReT (sret_t). Exit codes: 0 done, 1 a check failed, 2 anything else that stops it, 130
+    interrupted.
     """  # noqa: D301  \b is click's mark for lines that stay as they are
 
 
@@ -152,11 +158,12 @@ def cli() -> None:
 @_options(
     _schedule,
     click.option(
-        "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT",
+        "-o", "--out", "output", required=True, type=click.Path(path_type=Path), metavar="OUT",
         help="File to write: .onnx, or .xml for OpenVINO IR.",
     ),
     _arch,
     _method,
+    _output_kind,
     click.option("--ops", metavar="custom|portable", help=(
         "custom: nodes of our own with standard bodies (.onnx, default); "
         "portable: standard operators only (.xml, default)."
@@ -209,7 +216,7 @@ def export(
 
 @cli.command()
 @click.argument("model")
-@_options(_schedule, _arch, _method, _img_size, _json, _debug)
+@_options(_schedule, _arch, _method, _output_kind, _img_size, _json, _debug)
 def plan(model: str, as_json: bool, **options: Any) -> None:
     """Show the tokens and MACs of every block of MODEL. A name needs no weights."""
     from tomexport import pipeline

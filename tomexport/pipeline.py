@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tomexport.artifact import (
+    N_GOLDEN,
+    N_GOLDEN_TOKENS,
+    TOKENS,
     Array,
     Golden,
     Metadata,
@@ -31,6 +34,7 @@ from tomexport.errors import (
     VerifyError,
     did_you_mean,
     need,
+    require_known,
 )
 from tomexport.plan import Plan, Schedule
 from tomexport.runtime.baselines import BOUND, NONE, beside
@@ -47,6 +51,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str], None]
 DEFAULT_METHOD = "tome"
+OUTPUT_KINDS = ("logits", "features", TOKENS)
 MIN_OPSET, MAX_OPSET, DEFAULT_OPSET = 18, 23, 18
 
 
@@ -107,6 +112,7 @@ def plan(
     method: str | None = None,
     arch: str | None = None,
     img_size: tuple[int, int] | None = None,
+    output_kind: str | None = None,
 ) -> Plan:
     """Compute the tokens and MACs of every block; a name needs no weights.
 
@@ -115,7 +121,7 @@ def plan(
     """
     wanted = Schedule.parse(schedule)  # before torch is loaded
     found = _find(model, arch=arch, img_size=img_size, with_weights=False)
-    return _plan(found, wanted, _method(found, method))
+    return _plan(found, wanted, _method(found, method), output_kind)
 
 
 def _find(model: str | Path | nn.Module, **options: Any) -> Source:
@@ -140,11 +146,30 @@ def _method(found: Source, text: str | None) -> Method:
     return method.fitted(found.extras) if method.fitted else method
 
 
-def _plan(found: Source, schedule: Schedule, method: Method) -> Plan:
+def _plan(found: Source, schedule: Schedule, method: Method, output_kind: str | None) -> Plan:
     from tomexport.exporter.families import family_of
 
+    _check_output_kind(found, output_kind)
     cost = family_of(found.model).cost(found.model, found.name)
+    cost = cost.without_head() if output_kind == TOKENS else cost
     return Plan.make(cost, schedule, method.name, method.counting)
+
+
+def _check_output_kind(found: Source, wanted: str | None) -> None:
+    """Refuse an output that there is not.
+
+    Raises: UnknownNameError, or RewriteError for one that the model does not have.
+    """
+    from tomexport.exporter.families import family_of
+
+    if wanted is not None:
+        require_known("output", wanted, OUTPUT_KINDS)
+    own = family_of(found.model).output(found.model)
+    if wanted not in (None, TOKENS, own):
+        raise RewriteError(
+            f"{found.name} puts out {own}, not {wanted}: whether it has a classifier is for its "
+            f"weights to say. Leave out --output, or ask for {own} or {TOKENS}."
+        )
 
 
 def reduce(
@@ -157,6 +182,7 @@ def reduce(
     img_size: tuple[int, int] | None = None,
     random_weights: int | None = None,
     permutation_seed: int | None = None,
+    output_kind: str | None = None,
 ) -> ReducedModel:
     """Make a module with reduced tokens around the weights of a model, which stays as it was.
 
@@ -171,17 +197,20 @@ def reduce(
         model, arch=arch, img_size=img_size, random_weights=random_weights,
         permutation_seed=permutation_seed,
     )  # fmt: skip
-    return _reduce(found, wanted, method, prop_attn)
+    return _reduce(found, wanted, method, prop_attn, output_kind)
 
 
-def _reduce(found: Source, schedule: Schedule, method: str | None, prop_attn: bool) -> ReducedModel:
+def _reduce(
+    found: Source, schedule: Schedule, method: str | None, prop_attn: bool,
+    output_kind: str | None,
+) -> ReducedModel:  # fmt: skip
     from tomexport.exporter.own_weights import own_weights
     from tomexport.exporter.rewrite import ReducedModel
 
     chosen = _method(found, method)
-    plan = _plan(found, schedule, chosen)
+    plan = _plan(found, schedule, chosen, output_kind)
     own = own_weights(chosen, plan, found)
-    return ReducedModel(found.model, plan, chosen, prop_attn=prop_attn, own=own)
+    return ReducedModel(found.model, plan, chosen, prop_attn=prop_attn, own=own, output=output_kind)
 
 
 def export(
@@ -200,6 +229,7 @@ def export(
     prop_attn: bool = True,
     random_weights: int | None = None,
     permutation_seed: int | None = None,
+    output_kind: str | None = None,
     verify: bool = True,
     images: Images | None = None,
     force: bool = False,
@@ -230,6 +260,7 @@ def export(
         random_weights: seed for weights instead of trained ones.
         permutation_seed: seed for the orders in which SReT's second visits take their tokens;
             None is 0.
+        output_kind: "tokens" for a feature of each patch; None is what the model puts out.
         verify: compare with PyTorch in every runtime that is installed.
         images: loads images of the user's own to compare on as well.
         force: replace an existing file.
@@ -252,7 +283,7 @@ def export(
         permutation_seed=permutation_seed,
     )  # fmt: skip
     progress("planning and rewriting")
-    reduced = _reduce(found, wanted, method, prop_attn)
+    reduced = _reduce(found, wanted, method, prop_attn, output_kind)
     progress("tracing the graph")
     from tomexport.exporter.golden import record
     from tomexport.exporter.to_onnx import to_onnx
@@ -262,7 +293,7 @@ def export(
         reduced, batch=batch, opset=opset, portable=ops == "portable", trace=trace
     )
     progress("recording the golden set")
-    golden = record(reduced, found.model, golden_images(reduced.input_shape))
+    golden = record(reduced, found.model, _golden_images(reduced))
     metadata = _metadata(found, reduced, batch, opset, ops, half, prop_attn, decisions)
     with staging(output) as folder:
         staged = folder / output.name
@@ -287,8 +318,9 @@ def export(
         export(
             model, other_schedule, beside(output, name), method=other_method, arch=arch,
             batch=batch, img_size=img_size, opset=opset, ops=ops, half=half, prop_attn=prop_attn,
-            random_weights=random_weights, permutation_seed=permutation_seed, verify=verify,
-            force=force, keep=keep, progress=progress,
+            random_weights=random_weights, permutation_seed=permutation_seed,
+            output_kind=output_kind, verify=verify, force=force, keep=keep,
+            progress=progress,
         )
         for name, (other_schedule, other_method) in baselines.items()
     )  # fmt: skip
@@ -365,9 +397,15 @@ def reference(
             "differ). Give the checkpoint that it was exported from, or export it again."
         )
     schedule = Schedule.parse(metadata.plan.schedule)
-    reduced = _reduce(found, schedule, metadata.plan.method, metadata.prop_attn)
-    loaded = images(metadata) if images else golden_images(reduced.input_shape)
+    kind = TOKENS if metadata.output == TOKENS else None
+    reduced = _reduce(found, schedule, metadata.plan.method, metadata.prop_attn, kind)
+    loaded = images(metadata) if images else _golden_images(reduced)
     return record(reduced, found.model, loaded), images.description if images else "drawn again"
+
+
+def _golden_images(reduced: ReducedModel) -> Array:
+    count = N_GOLDEN_TOKENS if reduced.output == TOKENS else N_GOLDEN
+    return golden_images(reduced.input_shape, count)
 
 
 def describe(path: str | Path) -> Metadata:

@@ -165,6 +165,7 @@ class ModelCost:
         pool_products: the part of `pool` that is attention products.
         norm_fixed: elements that are normalised whatever the token counts.
         norm_left: elements that are normalised per token left at the end.
+        head, norm_head: the part of `fixed` and `norm_fixed` that comes after the tokens.
     """
 
     name: str
@@ -175,6 +176,21 @@ class ModelCost:
     pool_products: int = 0
     norm_fixed: int = 0
     norm_left: int = 0
+    head: int = 0
+    norm_head: int = 0
+
+    def without_head(self) -> ModelCost:
+        """Return the cost of the same model if it ends with its tokens."""
+        return dataclasses.replace(
+            self,
+            fixed=self.fixed - self.head,
+            norm_fixed=self.norm_fixed - self.norm_head,
+            pool=0,
+            pool_products=0,
+            n_read=None,
+            head=0,
+            norm_head=0,
+        )
 
     def macs(self, tokens: Sequence[tuple[int, int]], left: int) -> int:
         """Return the MACs of an image; tokens are (in, out) of each site, `left` at the end."""

@@ -39,7 +39,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     runtimes = [runtime.name for runtime in RUNTIMES]
     parser = command.parser("latency", __doc__, tables.SOURCE)
     add = parser.add_argument
-    add("--models", nargs="*", default=[model.name for model in MODELS], help="timm names; none to leave the schedules out")
+    add(
+        "--models",
+        nargs="*",
+        default=[model.name for model in MODELS],
+        help="timm names; none to leave the schedules out",
+    )
     add("--batches", nargs="+", type=int, default=BATCHES, help="images per call")
     add("--schedules", nargs="+", default=SCHEDULES, help="tokens to remove")
     add("--runtimes", nargs="+", choices=runtimes, default=runtimes)

@@ -21,11 +21,12 @@ MODELS = ["deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_small
 TOLERANCE = 1e-5
 
 
-def _compare(model, schedule, image, **options):
-    reduced = tomexport.reduce(model, schedule, **options)
+def _compare(model, schedule, image, tokens=False, **options):
+    kind = "tokens" if tokens else None
+    reduced = tomexport.reduce(model, schedule, output_kind=kind, **options)
     removals = [step.requested for step in reduced.plan.steps]
     with torch.no_grad():
-        expected = tome_by_hand.forward(model, image, removals, **options)
+        expected = tome_by_hand.forward(model, image, removals, tokens=tokens, **options)
         found = reduced(image)
     assert (found - expected).abs().max() <= TOLERANCE * expected.abs().max()
     return found
@@ -218,3 +219,94 @@ def test_what_blocks_share_is_folded_once(seeded, natural_images, what):
     gammas = sum(p.numel() for n, p in reduced.net.named_parameters() if n.endswith("gamma"))
     shared = 2 * model.embed_dim if what == "MLPs" else 0
     assert count[1] == count[0] - gammas + shared
+
+
+# ---- tokens: a feature of each patch
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("deit_tiny_distilled_patch16_224", {"depth": 3}),
+        ("vit_small_patch14_reg4_dinov2", {"depth": 2, "img_size": 224}),
+        ("vit_tiny_patch16_224", {"depth": 2, "global_pool": "avg"}),  # no norm before pooling
+        ("test_vit3", {}),  # pools by attention
+        ("lvvit_s", {"depth": 2}),
+        ("sret_t", {}),  # those of the last stage
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_tokens_of_nothing_removed_are_timms_own(seeded, natural_images, name, options):
+    model = seeded(name, **options)
+    reduced = tomexport.reduce(model, "none", output_kind="tokens")
+    image = torch.from_numpy(natural_images(reduced.input_shape[1])[:1])
+    with torch.no_grad():
+        found = reduced(image)
+        expected = model.forward_features(image)[:, reduced.plan.n_prefix :]
+    assert reduced.output == "tokens"
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= TOLERANCE * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("deit_tiny_distilled_patch16_224", {"depth": 3}),
+        ("vit_tiny_patch16_224", {"depth": 3, "global_pool": "avg"}),
+        ("vit_tiny_patch16_224", {"depth": 3, "class_token": False, "global_pool": "avg"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_every_patch_has_the_feature_of_the_token_it_ended_in(
+    seeded, natural_images, name, options
+):
+    image = torch.from_numpy(natural_images(224)[:1])
+    found = _compare(seeded(name, **options), "const:40", image, tokens=True)
+    assert found.shape == (1, 196, 192)
+    assert len(found[0].unique(dim=0)) == 196 - 40 * options["depth"]
+
+
+def test_tokens_average_to_what_is_pooled(seeded, natural_images):
+    model = seeded("sret_t")
+    image = torch.from_numpy(natural_images(224)[:2])
+    with torch.no_grad():
+        logits = tomexport.reduce(model, "const:10")(image)
+        tokens = tomexport.reduce(model, "const:10", output_kind="tokens")(image)
+        found = model.classify(tokens.mean(dim=1))
+    assert (found - logits).abs().max() <= TOLERANCE * logits.abs().max()
+    assert len(tokens[0].unique(dim=0)) < tokens.shape[1] == 49
+
+
+@pytest.mark.parametrize("method", ["evo-vit", "etps", "evit", "tofu", "pitome", "bound"])
+def test_methods_that_drop_nothing_give_each_patch_a_feature(seeded, natural_images, method):
+    model = seeded("vit_tiny_patch16_224", depth=3)
+    reduced = tomexport.reduce(model, "keep:0.7@1,2", method=method, output_kind="tokens")
+    with torch.no_grad():
+        tokens = reduced(torch.from_numpy(natural_images(224)[:1]))
+    n_left = len(tokens[0].unique(dim=0))
+    assert tokens.shape == (1, 196, 192)
+    assert n_left == 196 if method == "evo-vit" else n_left <= reduced.plan.steps[-1].tokens_out
+
+
+@pytest.mark.parametrize(
+    ("method", "schedule"),
+    [
+        ("topk", "const:8"),
+        ("evit:fuse=no", "const:8"),
+        ("diffrate", "diffrate:190,180,170/190,170,160"),
+    ],
+)
+def test_dropped_patches_have_no_feature(seeded, method, schedule):
+    model = seeded("vit_tiny_patch16_224", depth=3)
+    with pytest.raises(RewriteError, match="have no feature left to put out"):
+        tomexport.reduce(model, schedule, method=method, output_kind="tokens")
+    tomexport.reduce(model, "none", method=method, output_kind="tokens")
+
+
+def test_the_last_block_is_computed_for_all_tokens(seeded):
+    model = seeded("vit_tiny_patch16_224", depth=3)
+    plan = tomexport.plan(model, "const:8", output_kind="tokens")
+    whole = tomexport.plan(model, "const:8")
+    assert (plan.macs_spared, plan.n_reductions) == (0, 3)
+    assert whole.macs - plan.macs == model.head.weight.numel()
+    assert whole.n_reductions == 2

@@ -13,19 +13,29 @@ import torch
 from torch import Tensor
 
 
-def forward(model: Any, image: Tensor, removals: list[int], prop_attn: bool = True) -> Tensor:
-    """Run one image (1, 3, H, W) through a plain timm ViT, merging as it goes."""
+def forward(
+    model: Any, image: Tensor, removals: list[int], prop_attn: bool = True, tokens: bool = False
+) -> Tensor:
+    """Run one image (1, 3, H, W) through a plain timm ViT, merging as it goes.
+
+    With `tokens`, each patch gets what the token that it ended in holds after the norm, (1, N, C).
+    """
     x = model._pos_embed(model.patch_embed(image))[0]  # (N, C)
     x = model.norm_pre(x)
     sizes: list[float] | None = None
+    members = [[i] for i in range(len(x))]
     for block, r in zip(model.blocks, removals, strict=True):
         out, keys = _attention(block, x, sizes if prop_attn else None)
         x = x + block.ls1(out)
         r = min(r, (len(x) - model.num_prefix_tokens) // 2)
         if r > 0:
-            x, sizes = _merge(x, sizes or [1.0] * len(x), keys, r, model.num_prefix_tokens)
+            x, sizes, groups = _merge(x, sizes or [1.0] * len(x), keys, r, model.num_prefix_tokens)
+            members = [[each for i in group for each in members[i]] for group in groups]
         x = x + block.ls2(block.mlp(block.norm2(x)))
     x = model.norm(x)
+    if tokens:
+        found = {patch: x[slot] for slot, group in enumerate(members) for patch in group}
+        return torch.stack([found[i] for i in range(model.num_prefix_tokens, len(found))])[None]
     if model.global_pool == "avg":
         prefix = model.num_prefix_tokens
         weights = torch.tensor(sizes or [1.0] * len(x))[prefix:, None]
@@ -50,7 +60,7 @@ def _attention(block: Any, x: Tensor, sizes: list[float] | None) -> tuple[Tensor
 
 def _merge(
     x: Tensor, sizes: list[float], keys: Tensor, r: int, n_prefix: int
-) -> tuple[Tensor, list[float]]:
+) -> tuple[Tensor, list[float], list[list[int]]]:
     n = len(x)
     unit = [key / key.square().sum().sqrt() for key in keys]
     a = [i for i in range(n_prefix, n) if i % 2 == 0]
@@ -63,10 +73,11 @@ def _merge(
     sources, kept = ranked[:r], ranked[r:]
     if n_prefix:
         kept = sorted(kept)
-    tokens, new_sizes = [], []
+    tokens, new_sizes, groups = [], [], []
     for position in [*range(n_prefix), *kept, *b]:
         group = [position, *(i for i in sources if partner[i] == position)]
         weight = sum(sizes[i] for i in group)
         tokens.append(sum(x[i] * sizes[i] for i in group) / weight)
         new_sizes.append(weight)
-    return torch.stack(tokens), new_sizes
+        groups.append(group)
+    return torch.stack(tokens), new_sizes, groups

@@ -24,7 +24,7 @@ def record(reduced: ReducedModel, original: nn.Module, images: Array) -> Golden:
             batch = torch.from_numpy(image[None])
             output, decisions = reduced.trace(batch)
             outputs.append(output.numpy())
-            originals.append(original(batch).numpy())
+            originals.append(reduced.original(original, batch).numpy())
             traces.append(decisions)
     original.train(was_training)
     sites = list(zip(*traces, strict=True))

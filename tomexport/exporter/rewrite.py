@@ -6,11 +6,12 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from tomexport.artifact import TOKENS
 from tomexport.errors import PlanError, RewriteError
 from tomexport.exporter.families import family_of
 from tomexport.exporter.families.family import Family, Signals, Tokens
@@ -36,12 +37,14 @@ class ReducedModel(nn.Module):
     """A vision transformer that reduces its tokens as a plan says.
 
     It shares the parameters of the model it was made from and leaves that model as it was.
-    Input (B, channels, height, width) float32, output (B, classes), or features without a head.
+    Input (B, channels, height, width) float32; output (B, classes), or features (B, C) without a
+    head. Where tokens are asked for, (B, N, C), one for each patch, the prefix left out: what its
+    slot holds in the end, after the final norm, if that comes before pooling.
     """
 
     def __init__(
         self, model: nn.Module, plan: Plan, method: Method, *, prop_attn: bool = True,
-        own: Sequence[nn.Module | None] = (),
+        own: Sequence[nn.Module | None] = (), output: str | None = None,
     ) -> None:  # fmt: skip
         """Wrap a model.
 
@@ -51,32 +54,13 @@ class ReducedModel(nn.Module):
             method: how tokens are chosen.
             prop_attn: weight keys by the number of patches they stand for.
             own: the method's own weights, one per step; see `own_weights.py`.
+            output: "tokens" for one feature of each patch; None is what the model puts out.
 
         Raises: RewriteError if the model's family cannot give what the method needs.
         """
         super().__init__()
         self._family: Family = family_of(model)
-        missing = sorted(set(method.needs) - set(self._family.signals))
-        if missing:
-            raise RewriteError(
-                f"{method.name} needs {', '.join(missing)}, which the family "
-                f"{self._family.name!r} does not give; it gives {', '.join(self._family.signals)}."
-            )
-        if "class_attention" in method.needs and not plan.n_prefix:
-            raise RewriteError(
-                f"{method.name} ranks tokens by what the class token attends to, and {plan.model} "
-                "has none; take a method that compares tokens, like tome."
-            )
-        if method.drops and plan.staged and plan.removed_total:
-            raise RewriteError(
-                f"{method.name} drops tokens, and {plan.model} needs all of them again between its "
-                "stages. Take a method that merges them, like tome."
-            )
-        if method.remember and plan.steps[0].removed:
-            raise PlanError(
-                f"{method.name} chooses by what earlier blocks attended to, and there is none "
-                f"before {plan.steps[0].block}. Start at a later one, as in keep:0.5@4,8."
-            )
+        _check_method(method, plan, self._family, output)
         self.net = private_copy(model)
         self._family.prepare(self.net)
         n_calls = len(self._family.cost(self.net, plan.model).sites)
@@ -86,6 +70,7 @@ class ReducedModel(nn.Module):
                 "make the plan from this model."
             )
         self.plan = plan
+        self._tokens = output == TOKENS
         self._calls = self._family.calls(self.net, plan.steps)
         self._method = method
         self._weighs_keys = prop_attn and method.sizes and method.weighs_keys
@@ -99,8 +84,14 @@ class ReducedModel(nn.Module):
 
     @property
     def output(self) -> str:
-        """What comes out: "logits" or "features"."""
-        return self._family.output(self.net)
+        """What comes out: "logits", "features" or "tokens"."""
+        return TOKENS if self._tokens else self._family.output(self.net)
+
+    def original(self, model: nn.Module, image: Tensor) -> Tensor:
+        """Compute what the original model would put out in the place of this one."""
+        if not self._tokens:
+            return cast(Tensor, model(image))
+        return self._family.features(model, image)[:, self.plan.n_prefix :]
 
     def folded(self) -> ReducedModel:
         """Return a copy that computes the same with fewer operations, for export."""
@@ -125,7 +116,8 @@ class ReducedModel(nn.Module):
         x = family.embed(self.net, image)  # (B, N, C)
         state = _Stage()
         for index, (call, step) in enumerate(zip(self._calls, self.plan.steps, strict=True)):
-            n_out = family.n_read(self.net) if step is self.plan.steps[-1] else None
+            is_last = step is self.plan.steps[-1] and not self._tokens
+            n_out = family.n_read(self.net) if is_last else None
             before = x
             if step.place == BEFORE and step.removed:
                 x = self._reduce(x, before, None, index, state, decisions)
@@ -141,7 +133,15 @@ class ReducedModel(nn.Module):
                 state = _Stage(memory=state.memory)
                 if family.downsample is not None:
                     x = family.downsample(self.net, step.stage + 1, x)
+        if self._tokens:
+            return self._each_patch(family.norm(self.net, x), state)
         return family.head(self.net, x, state.size if self._method.sizes else None)
+
+    def _each_patch(self, x: Tensor, state: _Stage) -> Tensor:
+        """Give each patch, (B, N, C), what the slot holds that it ended in."""
+        first = next(s for s in self.plan.steps if s.stage == self.plan.steps[-1].stage)
+        whole = _restored(x, state, first.tokens_in) if state.targets else x
+        return whole[:, self.plan.n_prefix :]
 
     def _reduce(
         self, x: Tensor, before: Tensor, signals: Signals | None, index: int, state: _Stage,
@@ -187,6 +187,38 @@ class _Stage:
     def target(self) -> Tensor | None:
         """Where tokens went last; None while all are there."""
         return self.targets[-1] if self.targets else None
+
+
+def _check_method(method: Method, plan: Plan, family: Family, output: str | None) -> None:
+    """Refuse a method where it cannot do what is asked for."""
+    missing = sorted(set(method.needs) - set(family.signals))
+    if missing:
+        raise RewriteError(
+            f"{method.name} needs {', '.join(missing)}, which the family "
+            f"{family.name!r} does not give; it gives {', '.join(family.signals)}."
+        )
+    if "class_attention" in method.needs and not plan.n_prefix:
+        raise RewriteError(
+            f"{method.name} ranks tokens by what the class token attends to, and {plan.model} "
+            "has none; take a method that compares tokens, like tome."
+        )
+    dropped = (method.drops and plan.removed_total) or any(step.pruned for step in plan.steps)
+    if dropped and output == TOKENS:
+        raise RewriteError(
+            f"{method.name} drops tokens here, so that the patches they stood for have no "
+            "feature left to put out. Take a method that merges them, like tome, or in which "
+            "they come back, like evo-vit."
+        )
+    if dropped and plan.staged:
+        raise RewriteError(
+            f"{method.name} drops tokens, and {plan.model} needs all of them again between its "
+            "stages. Take a method that merges them, like tome."
+        )
+    if method.remember and plan.steps[0].removed:
+        raise PlanError(
+            f"{method.name} chooses by what earlier blocks attended to, and there is none "
+            f"before {plan.steps[0].block}. Start at a later one, as in keep:0.5@4,8."
+        )
 
 
 def _places(left: Reduced, place: Tensor | None, step: Step) -> Tensor:

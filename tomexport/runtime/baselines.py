@@ -6,7 +6,7 @@ import importlib.util
 import shlex
 from pathlib import Path
 
-from tomexport.artifact import IN_MEMORY, PRETRAINED, RANDOM, Metadata
+from tomexport.artifact import IN_MEMORY, PRETRAINED, RANDOM, TOKENS, Metadata
 from tomexport.errors import ArtifactError
 from tomexport.runtime.backend import Backend, read_artifact
 from tomexport.runtime.load import require_readable
@@ -108,6 +108,7 @@ def _export_command(path: Path, metadata: Metadata) -> str:
         "--ops", metadata.ops, "--opset", f"{metadata.opset}", "--batch", f"{batch or 'dynamic'}",
         "--img-size", f"{height}x{width}", *(["--half"] if metadata.half else []),
         *([] if metadata.prop_attn else ["--no-prop-attn"]),
+        *(["--output", TOKENS] if metadata.output == TOKENS else []),
         *(["--permutation-seed", f"{order_seed}"] if order_seed else []),
     ]  # fmt: skip
     return f": {shlex.join(['tomexport', *model, *options])} -o {path} --with-baselines --force"

@@ -47,7 +47,8 @@ class Runner:
             images: (B, channels, height, width) float32, prepared as the model expects.
 
         Returns:
-            (B, classes) float32; features (B, channels) if the model has no head.
+            (B, classes) float32; features (B, channels) if the model has no head; one of each patch
+            (B, patches, channels) if the file puts out tokens.
 
         Raises: BackendError if shape or type are not those of the file.
         """

@@ -274,7 +274,8 @@ def _decisions(targets: list[Array], golden: Golden, near_tie: float) -> tuple[A
 
 
 def _cosine(a: Array, b: Array) -> Array:
-    a, b = a.astype(np.float64), b.astype(np.float64)
+    """Compare image by image; tokens of an image are one long vector."""
+    a, b = (each.astype(np.float64).reshape(len(each), -1) for each in (a, b))
     lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     both_zero = (lengths == 0) & (np.abs(a - b).max(axis=1) == 0)
     dots = (a * b).sum(axis=1)

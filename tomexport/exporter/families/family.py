@@ -74,6 +74,8 @@ class Family:
             residual, and the signals of all.
         mlp: (call, x) → x after the MLP residual.
         head: (model, x, size or None) → output (B, classes or channels).
+        norm: (model, x) → x as it is for dense heads: after the norm, if that comes before pooling.
+        features: (model, image) → the same of all tokens, (B, N, C), as the original computes it.
         downsample: (model, stage, x) → the tokens that a stage starts with, from all tokens of the
             stage before; None in families of one stage.
         raster: whether tokens must keep the order of their places in the image, because the
@@ -100,6 +102,8 @@ class Family:
     attention: Callable[[Any, Tokens, int | None], tuple[Tensor, Signals]]
     mlp: Callable[[Any, Tensor], Tensor]
     head: Callable[[nn.Module, Tensor, Tensor | None], Tensor]
+    norm: Callable[[Any, Tensor], Tensor] = lambda model, x: model.norm(x)
+    features: Callable[[Any, Tensor], Tensor] = lambda model, image: model.forward_features(image)
     downsample: Callable[[nn.Module, int, Tensor], Tensor] | None = None
     raster: bool = False
     places: bool = False

@@ -49,6 +49,7 @@ def _cost(model: Any, name: str) -> ModelCost:
         n_read=_n_read(model),
         norm_fixed=normalised,
         norm_left=norm_elements(model.norm),
+        head=linear_macs(model.head),
     )
 
 
@@ -76,7 +77,7 @@ def _embed(model: Any, image: Tensor) -> Tensor:
 
 def _head(model: Any, x: Tensor, size: Tensor | None) -> Tensor:
     del size
-    output: Tensor = model.classify(x)
+    output: Tensor = model.classify(model.norm(x))
     return output
 
 

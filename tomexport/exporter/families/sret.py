@@ -94,6 +94,8 @@ def _cost(model: Any, name: str) -> ModelCost:
         sites=tuple(sites),
         fixed=convolutions + linear_macs(model.head),
         norm_fixed=normalised + norm_elements(model.norm),
+        head=linear_macs(model.head),
+        norm_head=norm_elements(model.norm),
     )
 
 
@@ -154,6 +156,11 @@ def _mlp(call: Call, x: Tensor) -> Tensor:
     return call.mlp(x)
 
 
+def _norm(model: Any, x: Tensor) -> Tensor:
+    del model
+    return x  # the norm comes after pooling
+
+
 def _head(model: Any, x: Tensor, size: Tensor | None) -> Tensor:
     rows, columns = model.grid(len(model.transformers) - 1)
     pooled = x.mean(dim=1) if size is None else (x * size).sum(dim=1) / (rows * columns)  # (B, C)
@@ -180,6 +187,7 @@ SRET = Family(
     attention=_attention,
     mlp=_mlp,
     head=_head,
+    norm=_norm,
     downsample=_downsample,
     raster=True,
 )

@@ -125,25 +125,27 @@ def _cost(model: Any, name: str) -> ModelCost:
     n_patches = model.patch_embed.num_patches
     n_tokens = n_patches + model.num_prefix_tokens
     sites = sites_of(model, n_tokens, model.num_prefix_tokens)
-    fixed = n_patches * model.patch_embed.proj.weight.numel()
-    fixed += linear_macs(model.head) + linear_macs(getattr(model, "head_dist", None))
-    norm_fixed = norm_elements(model.fc_norm) + n_tokens * norm_elements(model.norm_pre)
+    stem = n_patches * model.patch_embed.proj.weight.numel()
+    head = linear_macs(model.head) + linear_macs(getattr(model, "head_dist", None))
+    norm_head = norm_elements(model.fc_norm)
     pool = pool_products = 0
     if (attn_pool := model.attn_pool) is not None:
         n_latent = attn_pool.latent_len
         pool_products = 2 * n_latent * attn_pool.kv.in_features
         pool = linear_macs(attn_pool.kv) + pool_products
-        fixed += n_latent * (linear_macs(attn_pool) - linear_macs(attn_pool.kv))
-        norm_fixed += n_latent * norm_elements(attn_pool)
+        head += n_latent * (linear_macs(attn_pool) - linear_macs(attn_pool.kv))
+        norm_head += n_latent * norm_elements(attn_pool)
     return ModelCost(
         name=name,
         sites=sites,
-        fixed=fixed,
+        fixed=stem + head,
         pool=pool,
         n_read=_n_read(model),
         pool_products=pool_products,
-        norm_fixed=norm_fixed,
+        norm_fixed=n_tokens * norm_elements(model.norm_pre) + norm_head,
         norm_left=norm_elements(model.norm),
+        head=head,
+        norm_head=norm_head,
     )
 
 
