@@ -16,7 +16,7 @@ TESTS = Path(__file__).parent
 OURS = {
     name for name, value in vars(errors).items()
     if isinstance(value, type) and issubclass(value, errors.TomexportError)
-} | {"ImageError", "ProofError"}  # fmt: skip
+} | {"ProofError"}  # fmt: skip
 # not messages for people: control flow of the command line and of attribute look-up
 INNER = {"AttributeError", "Exit", "UsageError"}
 

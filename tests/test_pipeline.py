@@ -111,14 +111,11 @@ def test_a_failing_file_does_not_appear(tmp_path, seeded, monkeypatch):
 
 
 def test_images_of_the_user_are_compared_as_well(tmp_path, seeded, natural_images):
-    class Photographs:
-        description = "four photographs"
-
-        def __call__(self, metadata):
-            return natural_images(metadata.input_shape[2])
+    def photographs(metadata):
+        return natural_images(metadata.input_shape[2]), "four photographs"
 
     report = tomexport.export(
-        seeded("test_vit"), "const:8", tmp_path / "model.onnx", images=Photographs()
+        seeded("test_vit"), "const:8", tmp_path / "model.onnx", images=photographs
     )
     assert report.verify.images == "four photographs"
     assert report.verify.runs[0].images == 4

@@ -120,6 +120,19 @@ _debug = click.option(
 _images = click.option(
     "--images", type=click.Path(path_type=Path), metavar="DIR", help="Compare on these images too."
 )
+_image_set = (
+    click.option(
+        "--images", required=True, type=click.Path(path_type=Path), metavar="DIR|FILE.npz",
+        help="A folder of images, or an .npz with `images` and, if you like, `labels`.",
+    ),
+    click.option("--labels", metavar="FILE[:COLUMN]", help=(
+        "A csv of file names and classes; none leaves labels aside.  "
+        "[default: labels.csv in the folder, or its class folders]"
+    )),
+    click.option("--limit", type=int, metavar="N",
+                 help="Draw so many of the images; all if left out."),
+    click.option("--seed", default=0, show_default=True, metavar="N", help="Seed of that draw."),
+)  # fmt: skip
 _kernels = click.option(
     "--kernels", default="auto", show_default=True, metavar="auto|off|PATH",
     help="Fused kernels: those of this machine, none, or a library.",
@@ -144,6 +157,7 @@ def cli() -> None:
     tomexport plan MODEL --schedule S       tokens and MACs, nothing exported
     tomexport verify FILE                   compare a file with PyTorch
     tomexport profile FILE                  what merging costs and saves in it
+    tomexport evaluate FILE --images DIR    how right it is, and how like the unmerged model
     tomexport kernels build|list|clean      the fused kernels of this machine
     tomexport doctor                        what this machine has
 
@@ -197,7 +211,7 @@ def export(
 ) -> None:  # fmt: skip
     """Export MODEL with reduced tokens, and prove the file."""
     from tomexport import pipeline
-    from tomexport.calib.images import ImageFolder
+    from tomexport.calib.images import ImageSet
 
     with _progress() as progress:
         report = pipeline.export(
@@ -206,7 +220,7 @@ def export(
             options.pop("output"),
             verify=not no_verify,
             prop_attn=not no_prop_attn,
-            images=ImageFolder.find(images) if images else None,
+            images=ImageSet.find(images) if images else None,
             progress=progress,
             **_with_options(options),
         )
@@ -252,10 +266,10 @@ def verify(
     with _progress() as progress:
         if against or images or arch:
             from tomexport import pipeline
-            from tomexport.calib.images import ImageFolder
+            from tomexport.calib.images import ImageSet
 
             golden, what = pipeline.reference(
-                artifact, against, ImageFolder.find(images) if images else None, arch=arch
+                artifact, against, ImageSet.find(images) if images else None, arch=arch
             )
             options |= {"golden": golden, "images": what}
         report = verification.verify(artifact, progress=progress, **options)
@@ -321,6 +335,51 @@ def profile(
     _show(report.to_dict(), as_json, lambda tables: tables.profile_table(report), width=100)
     if png:
         chart.draw(report, png)
+    if not report.passed:
+        raise click.exceptions.Exit(EXIT_CHECK_FAILED)
+
+
+@cli.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@_options(
+    *_image_set,
+    click.option("--backend", "backends", multiple=True, metavar="NAME", help=(
+        "onnxruntime or openvino, or both; all that are installed if left out."
+    )),
+    click.option("--precision", "precisions", multiple=True, metavar="f32|bf16|f16",
+                 help="One or more; f32 and the runtime's default if left out."),
+    click.option("--device", default="CPU", show_default=True, help="Device of the runtime."),
+    _kernels,
+    click.option("--batch", type=int, metavar="N",
+                 help="Images per call, for a file of dynamic batch.  [default: 8]"),
+    click.option("--baseline", type=click.Path(path_type=Path), metavar="FILE",
+                 help="The unmerged export; STEM.none.SUFFIX beside the file if left out."),
+    click.option("--against", metavar="MODEL",
+                 help="Run the unmerged model in PyTorch: the checkpoint or name it is from."),
+    _arch,
+    click.option("--min-top1", type=float, metavar="SHARE",
+                 help="Exit with 1 if fewer images have their label as first class."),
+    click.option("--min-agreement", type=float, metavar="SHARE",
+                 help="Exit with 1 if fewer images have the unmerged model's first class."),
+    _json,
+    _debug,
+)  # fmt: skip
+def evaluate(
+    artifact: Path, images: Path, limit: int | None, seed: int, labels: str | None, as_json: bool,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Measure how right ARTIFACT is on images, and how like the unmerged model.
+
+    A run that is stopped goes on where it was when it is started again.
+    """
+    from tomexport.calib.evaluate import evaluate as measure
+    from tomexport.calib.images import ImageSet
+
+    with _progress() as progress:
+        found = ImageSet.find(images, limit, seed, labels)
+        report = measure(artifact, found, progress=progress, **options)
+    _notes(report.notes)
+    _show(report.to_dict(), as_json, lambda tables: tables.evaluate_table(report))
     if not report.passed:
         raise click.exceptions.Exit(EXIT_CHECK_FAILED)
 

@@ -7,6 +7,7 @@
     ├── RewriteError          a model or method that cannot be reduced correctly
     ├── ExportError           a graph or a file that cannot be written
     ├── ArtifactError         a file that tomexport did not write, or that is damaged
+    ├── ImageError            images or labels that cannot be read or do not fit
     ├── BuildError            fused kernels that cannot be built
     ├── BackendError          a runtime, device or precision that is not there
     ├── MissingExtraError     an optional dependency that is not installed
@@ -50,6 +51,10 @@ class ExportError(TomexportError):
 
 class ArtifactError(TomexportError):
     """A file without readable metadata or golden set of tomexport's."""
+
+
+class ImageError(TomexportError):
+    """Images, or labels of them, that cannot be read or do not fit."""
 
 
 class BuildError(TomexportError):

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from tomexport.artifact import (
     N_GOLDEN,
     N_GOLDEN_TOKENS,
+    RANDOM,
     TOKENS,
     Array,
     Golden,
@@ -58,13 +59,8 @@ MIN_OPSET, MAX_OPSET, DEFAULT_OPSET = 18, 23, 18
 class Images(Protocol):
     """Images of the user's own, to be prepared as an exported file says."""
 
-    @property
-    def description(self) -> str:
-        """Which images these are, in words."""
-        ...
-
-    def __call__(self, metadata: Metadata) -> Array:
-        """Return (B, channels, height, width) float32."""
+    def __call__(self, metadata: Metadata) -> tuple[Array, str]:
+        """Return (B, channels, height, width) float32, and which images these are, in words."""
         ...
 
 
@@ -303,8 +299,9 @@ def export(
         proof = verify_file(staged, progress=progress) if verify else None
         if proof and proof.passed and images:
             progress("computing the images with PyTorch")
-            own = record(reduced, found.model, images(metadata))
-            proof = verify_file(staged, golden=own, images=images.description, progress=progress)
+            pixels, what = images(metadata)
+            own = record(reduced, found.model, pixels)
+            proof = verify_file(staged, golden=own, images=what, progress=progress)
         if proof:
             proof = dataclasses.replace(proof, path=str(output))
         failed = proof is not None and not proof.passed
@@ -379,9 +376,48 @@ def reference(
             "with the checkpoint or name that the file was exported from."
         )
     metadata = describe(path)
+    found = _exported_from(path, metadata, model, arch)
     from tomexport.exporter.golden import record
-    from tomexport.exporter.source import RANDOM
 
+    schedule = Schedule.parse(metadata.plan.schedule)
+    kind = TOKENS if metadata.output == TOKENS else None
+    reduced = _reduce(found, schedule, metadata.plan.method, metadata.prop_attn, kind)
+    pixels, what = images(metadata) if images else (_golden_images(reduced), "drawn again")
+    return record(reduced, found.model, pixels), what
+
+
+def original(
+    path: str | Path, model: str | Path | nn.Module, *, arch: str | None = None
+) -> Callable[[Array], Array]:
+    """Return the unmerged model of an exported file, in PyTorch.
+
+    Args:
+        path: the file.
+        model: what it was exported from.
+        arch: timm name of a checkpoint's architecture; None takes the file's.
+
+    Returns:
+        A function from images (B, channels, height, width) float32 to outputs (B, classes).
+
+    Raises: VerifyError if the weights are not those of the file, and what `reduce` raises.
+    """
+    found = _exported_from(path, describe(path), model, arch)
+    import torch
+
+    module = found.model.eval()
+
+    def run(images: Array) -> Array:
+        with torch.no_grad():
+            outputs: Array = module(torch.from_numpy(images)).numpy()
+        return outputs
+
+    return run
+
+
+def _exported_from(
+    path: str | Path, metadata: Metadata, model: str | Path | nn.Module, arch: str | None
+) -> Source:
+    """Find the model that a file was exported from."""
     is_file = isinstance(model, (str, Path)) and Path(model).exists()
     words, _, seed = metadata.weights.rpartition(" ")
     found = _find(
@@ -396,11 +432,7 @@ def reference(
             f"The weights of {model} are not those that {path} was exported from (their SHA-256 "
             "differ). Give the checkpoint that it was exported from, or export it again."
         )
-    schedule = Schedule.parse(metadata.plan.schedule)
-    kind = TOKENS if metadata.output == TOKENS else None
-    reduced = _reduce(found, schedule, metadata.plan.method, metadata.prop_attn, kind)
-    loaded = images(metadata) if images else _golden_images(reduced)
-    return record(reduced, found.model, loaded), images.description if images else "drawn again"
+    return found
 
 
 def _golden_images(reduced: ReducedModel) -> Array:
@@ -443,12 +475,15 @@ def _check_request(
     if is_ir:
         need("openvino", "openvino")
     if is_ir and ops == "custom":
-        _require_kernels(output)
+        require_kernels(output)
     return ops or ("portable" if is_ir else "custom")
 
 
-def _require_kernels(output: Path) -> None:
-    """Refuse an IR with nodes of our own where OpenVINO could not read it."""
+def require_kernels(output: Path) -> None:
+    """Refuse to write an IR with nodes of our own where OpenVINO could not read it.
+
+    Raises: ExportError with the reason.
+    """
     from tomexport.runtime.openvino_backend import OpenVino
 
     try:

@@ -9,6 +9,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from tomexport.calib.evaluate import Accuracy, EvaluateReport
+from tomexport.calib.fidelity import Estimate
 from tomexport.kernels.cache import Library
 from tomexport.pipeline import ExportReport
 from tomexport.plan import Plan
@@ -166,6 +168,54 @@ def _operators_table(variant: Variant, n_rows: int = 8) -> RenderableType:
         )
     heading = f"operators of {variant.name}, {total / 1000:.2f} ms as profiled"
     return Group(Text(f"{heading}: merging {merging / total:.1%}"), table)
+
+
+def evaluate_table(report: EvaluateReport) -> RenderableType:
+    """Show accuracy, and likeness to the unmerged model, of each run."""
+    table = _table(
+        "", *(("top-1", "top-5", "above unmerged") if report.n_labelled else ()),
+        *(("agreement", "KL", "cosine") if report.reference else ()), "",
+        title=f"{report.path}: {report.model}, {report.method}, {report.schedule}",
+    )  # fmt: skip
+    if report.reference_accuracy:
+        rest = [""] * (len(table.columns) - 3)
+        table.add_row("unmerged", *_accuracy(report.reference_accuracy), *rest)
+    for run in report.runs:
+        cells = [run.name, *(_accuracy(run.accuracy) if run.accuracy else ())]
+        if report.n_labelled:
+            cells.append(_share(run.change.top1, "+") if run.change else "–")
+        if run.likeness:
+            like = run.likeness
+            cells += [
+                _share(like.top1) if like.top1 else "–",
+                _figure(like.kl),
+                _figure(like.cosine),
+            ]
+        verdict = Text("FAIL", style="bold red") if run.failures else ""
+        table.add_row(*cells, verdict)
+    n = report.runs[0].images
+    labelled = f", {report.n_labelled} with labels" if report.n_labelled else ""
+    lines = [f"{n} images ({report.images}){labelled}; in brackets 95 % intervals"]
+    if report.reference:
+        lines.append(f"unmerged: {report.reference}")
+    lines += [f"kept from an earlier run: {run.n_kept} of {run.images} images, {run.name}"
+              for run in report.runs if run.n_kept]  # fmt: skip
+    lines += [f"skipped: {each.why}" for each in report.skipped]
+    lines += [f"{run.name}: {failure}" for run in report.runs for failure in run.failures]
+    return Group(table, *map(Text, lines))
+
+
+def _accuracy(found: Accuracy) -> tuple[str, str]:
+    return _share(found.top1), _share(found.top5) if found.top5 else "–"
+
+
+def _share(found: Estimate, sign: str = "") -> str:
+    low, high = (f"{100 * bound:{sign}.1f}" for bound in (found.low, found.high))
+    return f"{100 * found.value:{sign}.1f}% ({low}–{high})"
+
+
+def _figure(found: Estimate | None) -> str:
+    return f"{found.value:.4f} ({found.low:.4f}–{found.high:.4f})" if found else "–"
 
 
 def export_summary(report: ExportReport) -> RenderableType:

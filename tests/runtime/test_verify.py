@@ -11,7 +11,7 @@ from onnx import numpy_helper
 
 import tomexport
 from tomexport import pipeline
-from tomexport.calib.images import ImageFolder
+from tomexport.calib.images import ImageSet
 from tomexport.errors import ArtifactError, BackendError, VerifyError
 from tomexport.kernels import build
 from tomexport.runtime.backend import read_artifact
@@ -187,7 +187,7 @@ def _photographs(folder, natural_images):
     for index, image in enumerate(natural_images(200)):
         pixels = ((image.transpose(1, 2, 0) + 1) * 127.5).round().astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{index}.png")
-    return ImageFolder.find(folder)
+    return ImageSet.find(folder)
 
 
 def test_against_pytorch_on_photographs(seeded, tmp_path, natural_images):

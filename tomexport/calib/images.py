@@ -1,122 +1,335 @@
-"""Images from a folder, prepared as the model expects them."""
+"""Images of the user's own, from a folder or an .npz, prepared as the model expects them.
+
+They are streamed: a set knows names and labels, and opens its images batch by batch. What cannot
+be read is left out, and named.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tomexport.artifact import Array, Metadata
-from tomexport.errors import TomexportError, need, plain
+from tomexport.calib.labels import Labels, class_folders, from_csv
+from tomexport.errors import ImageError, need, plain
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+LABELS = "labels.csv"  # found by itself beside the images
+NO_LABELS = "none"  # what --labels says to leave them aside
+BATCH = 32
+_MOST_PIXELS = 10**8  # of a resized image, before it is cropped
 
 
-class ImageError(TomexportError):
-    """A folder without images, or an image that cannot be read."""
+def _silent(message: str) -> None:
+    del message
 
 
 @dataclass(frozen=True)
-class ImageFolder:
-    """The images of a folder and its sub-folders, in the order of their names.
+class Skipped:
+    """An image that could not be read, and why."""
 
-    Usage:
-        images = ImageFolder.find(Path("photos"))
-        prepared = images(metadata)  # (B, 3, height, width) float32
+    name: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images that were read, and those that were not.
 
     Attributes:
-        folder: where they are.
-        files: those to take.
-        n_found: how many there are.
+        pixels: (B, channels, height, width) float32.
+        indices: which images of the set these are.
+        skipped: those that could not be read.
     """
 
-    folder: Path
-    files: tuple[Path, ...]
+    pixels: Array
+    indices: tuple[int, ...]
+    skipped: tuple[Skipped, ...]
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images with or without labels, in the order of their names.
+
+    Usage:
+        images = ImageSet.find(Path("photos"), limit=500)
+        prepared, what = images(metadata)  # (B, 3, height, width) float32
+
+    Attributes:
+        source: the folder or .npz.
+        names: those to take: paths within the folder, or images[0] … in an .npz.
+        labels: the class of each, None where it has none; None if no image has one.
+        n_found: how many images there are.
+        notes: where the labels are from, in words.
+        n_folders: class folders that the labels are from; 0 if they are from elsewhere.
+        pixels: (N, height, width, 3) or (N, height, width) uint8 of an .npz, those to take.
+    """
+
+    source: Path
+    names: tuple[str, ...]
+    labels: tuple[int | None, ...] | None
     n_found: int
+    notes: tuple[str, ...] = ()
+    n_folders: int = 0
+    pixels: Array | None = field(default=None, repr=False, compare=False)
 
     @classmethod
-    def find(cls, folder: Path, limit: int = 512) -> ImageFolder:
-        """List a folder's images; of more than `limit`, so many evenly spread.
+    def find(
+        cls, source: Path, limit: int | None = 512, seed: int = 0, labels: str | None = None
+    ) -> ImageSet:
+        """List the images of a folder and its sub-folders, or of an .npz.
 
-        Raises: ImageError if there is no such folder or no image in it.
+        Labels of a folder are those of the csv named, or of `labels.csv` in it, or its class
+        folders if all images are in such: the first folder by name is class 0. An .npz holds
+        `images` and, if it likes, `labels`.
+
+        Args:
+            source: folder or .npz.
+            limit: take at most so many, drawn by the seed; fewer of one seed are part of more.
+            seed: for that draw.
+            labels: FILE or FILE:COLUMN, a csv with a column of file names and one of classes; or
+                "none", to leave aside what labels there are.
+
+        Raises: ImageError if there is no image, or if labels do not fit them.
         """
-        if not folder.is_dir():
-            raise ImageError(f"There is no folder {folder}; --images takes a folder of images.")
-        files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES)
-        if not files:
-            raise ImageError(
-                f"{folder} holds no image; the suffixes that count are {', '.join(SUFFIXES)}."
-            )
-        n_taken = min(limit, len(files))
-        return cls(
-            folder, tuple(files[i * len(files) // n_taken] for i in range(n_taken)), len(files)
+        if limit is not None and limit < 1:
+            raise ImageError(f"A limit of {limit} leaves no image; use 1 or more.")
+        if seed < 0:
+            raise ImageError(f"Seed {seed} is negative; use 0 or more.")
+        given = None if labels == NO_LABELS else labels
+        found = _from_npz(source, given) if source.is_file() else _from_folder(source, given)
+        if labels == NO_LABELS:
+            found = dataclasses.replace(found, labels=None, notes=(), n_folders=0)
+        return found._drawn(limit, seed)
+
+    def _drawn(self, limit: int | None, seed: int) -> ImageSet:
+        if limit is None or limit >= len(self.names):
+            return self
+        order = np.random.default_rng(seed).permutation(len(self.names))[:limit]
+        return self.take(np.sort(order).tolist())
+
+    def take(self, indices: Sequence[int]) -> ImageSet:
+        """Return some of the images, by their indices."""
+        pick = list(indices)
+        return ImageSet(
+            self.source,
+            tuple(self.names[i] for i in pick),
+            self.labels and tuple(self.labels[i] for i in pick),
+            self.n_found,
+            self.notes,
+            self.n_folders,
+            None if self.pixels is None else self.pixels[pick],
         )
+
+    def __len__(self) -> int:
+        return len(self.names)
 
     @property
     def description(self) -> str:
         """Which images these are, in words."""
-        some = "all" if len(self.files) == self.n_found else f"{len(self.files)} of {self.n_found}"
-        return f"{some} of {self.folder}" if some == "all" else f"{some} in {self.folder}"
+        if len(self.names) == self.n_found:
+            return f"all of {self.source}"
+        return f"{len(self.names)} of {self.n_found} in {self.source}"
 
-    def __call__(self, metadata: Metadata) -> Array:
-        """Load the images as a file's metadata says; see `load`."""
-        return load(self.files, metadata)
+    def digest(self, indices: Sequence[int]) -> str:
+        """Return the SHA-256 of some images, as they are stored."""
+        total = hashlib.sha256()
+        for i in indices:
+            total.update(f"{self.names[i]}\0".encode())
+            total.update(hashlib.sha256(self._stored(i)).digest())
+        return total.hexdigest()
+
+    def _stored(self, index: int) -> bytes:
+        if self.pixels is not None:
+            return bytes(self.pixels[index].tobytes())
+        try:
+            return (self.source / self.names[index]).read_bytes()
+        except OSError as err:  # it is skipped later, with this as the reason
+            return plain(err).encode()
+
+    def open(self, index: int) -> Any:
+        """Open one image: of any mode, by Pillow.
+
+        Raises: ImageError naming an image that cannot be read.
+        """
+        image = need("PIL.Image", "calib")
+        if self.pixels is not None:
+            return image.fromarray(self.pixels[index])
+        file = self.source / self.names[index]
+        try:
+            with image.open(file) as opened:
+                opened.load()
+                return opened
+        except Exception as err:  # a damaged file raises what it likes in its decoder
+            raise ImageError(f"{file} is no readable image ({plain(err)}).") from err
+
+    def batches(
+        self, metadata: Metadata, size: int = BATCH, progress: Callable[[str], None] = _silent
+    ) -> Iterator[Batch]:
+        """Prepare the images as a file's metadata says, so many at a time; see `prepare`.
+
+        Raises: ImageError if the model takes no images of this kind.
+        """
+        channels, height, width = metadata.input_shape[1:]
+        how = preprocessing(metadata)
+        if channels not in (1, 3):
+            raise ImageError(f"The model takes {channels} channels; images give 3, or 1 for grey.")
+        if not all(0 <= mean <= 1 for mean in how["mean"]):
+            raise ImageError(
+                f"The model takes a signal of mean {how['mean'][0]:g}: no pixels, they lie in 0 … 1"
+            )
+        for start in range(0, len(self), size):
+            progress(f"image {start + 1} of {len(self)}")
+            pixels, indices, skipped = [], [], []
+            for i in range(start, min(start + size, len(self))):
+                try:
+                    pixels.append(prepare(self.open(i), (channels, height, width), how))
+                    indices.append(i)
+                except ImageError as err:
+                    skipped.append(Skipped(self.names[i], str(err)))
+            stacked = np.stack(pixels) if pixels else np.zeros((0, channels, height, width), "f4")
+            yield Batch(stacked, tuple(indices), tuple(skipped))
+
+    def __call__(self, metadata: Metadata) -> tuple[Array, str]:
+        """Prepare all images as a file's metadata says, and say which these are.
+
+        Raises: ImageError if none can be read.
+        """
+        batches = list(self.batches(metadata))
+        skipped = [each for batch in batches for each in batch.skipped]
+        require_some(self, skipped)
+        return np.concatenate([b.pixels for b in batches]), self.described(skipped)
+
+    def described(self, skipped: Sequence[Skipped]) -> str:
+        """Say which images these are, and which of them could not be read."""
+        if not skipped:
+            return self.description
+        names = ", ".join(each.name for each in skipped[:3]) + (", …" if len(skipped) > 3 else "")
+        return f"{self.description}, less {len(skipped)} unreadable: {names}"
 
 
-def load(files: Sequence[Path], metadata: Metadata) -> Array:
-    """Load images as a file's metadata says: resize the shorter side, crop the centre, normalise.
+def require_some(images: ImageSet, skipped: Sequence[Skipped]) -> None:
+    """Refuse a set of which no image could be read.
 
-    Where the architecture's names differ in mean and std, those of the first are taken: for
-    comparing runtimes any will do.
-
-    Returns:
-        (B, 3, height, width) float32.
-
-    Raises: ImageError naming the file that cannot be read, or if the model takes no RGB images.
+    Raises: ImageError with the first reason.
     """
-    channels, height, width = metadata.input_shape[1:]
-    if channels != 3:
-        raise ImageError(f"The model takes {channels} channels; image files give 3.")
-    how = metadata.preprocessing or next(iter(metadata.candidates.values()), None) or _PLAIN
-    return np.stack([prepare(file, (height, width), how) for file in files])
+    if len(skipped) == len(images):
+        raise ImageError(
+            f"None of the {len(images)} images of {images.source} could be read, so there is "
+            f"nothing to go by. The first: {skipped[0].why}"
+        )
 
 
-_PLAIN = {"crop_pct": 1.0, "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
+def _from_folder(folder: Path, labels: str | None) -> ImageSet:
+    if not folder.is_dir():
+        raise ImageError(
+            f"There is no folder {folder}; --images takes a folder of images, or an .npz of them."
+        )
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
+    if not files:
+        raise ImageError(
+            f"{folder} holds no image; the suffixes that count are {', '.join(SUFFIXES)}."
+        )
+    names = tuple(file.relative_to(folder).as_posix() for file in files)
+    found: Labels | None
+    if labels is not None:
+        found = from_csv(labels, names)
+    elif (folder / LABELS).is_file():
+        found = from_csv(str(folder / LABELS), names)
+    else:
+        found = class_folders(names)
+    if found is None:
+        return ImageSet(folder, names, None, len(names))
+    return ImageSet(folder, names, found.classes, len(names), (found.note,), found.n_folders)
 
 
-def prepare(file: Path, size: tuple[int, int], how: dict[str, Any]) -> Array:
-    """Load one image: (3, height, width) float32.
+def _from_npz(path: Path, labels: str | None) -> ImageSet:
+    if path.suffix != ".npz":
+        raise ImageError(f"{path} is a file; --images takes a folder of images, or an .npz.")
+    if labels is not None:
+        raise ImageError(f"{path} carries its own labels, if any; leave out --labels.")
+    try:
+        with path.open("rb") as raw, np.load(raw) as file:
+            pixels = file["images"]
+            classes = file["labels"] if "labels" in file.files else None
+    except Exception as err:  # a damaged archive raises what it likes
+        raise ImageError(
+            f"{path} is no .npz with an array `images` ({plain(err)}). Write it with "
+            "numpy.savez(file, images=…, labels=…)."
+        ) from err
+    n, shape = len(pixels) if pixels.ndim else 0, "×".join(map(str, pixels.shape))
+    grey_or_rgb = pixels.ndim == 3 or (pixels.ndim == 4 and pixels.shape[3] == 3)
+    if pixels.dtype != np.uint8 or not grey_or_rgb or not pixels.size:
+        raise ImageError(
+            f"`images` of {path} is {pixels.dtype} of {shape}; it must be uint8, images × height "
+            "× width × 3, or without the 3 for grey."
+        )
+    if classes is not None and (classes.shape != (n,) or classes.dtype.kind not in "iu"):
+        raise ImageError(
+            f"`labels` of {path} is {classes.dtype} of {'×'.join(map(str, classes.shape))}; it "
+            f"must be one class index for each of the {n} images."
+        )
+    names = tuple(f"images[{i}]" for i in range(n))
+    if classes is None:
+        return ImageSet(path, names, None, n, pixels=pixels)
+    note = f"labels are those of {path.name}"
+    return ImageSet(path, names, tuple(classes.tolist()), n, (note,), pixels=pixels)
+
+
+_PLAIN: Mapping[str, Any] = {
+    "crop_pct": 1.0, "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3,
+}  # fmt: skip
+
+
+def preprocessing(metadata: Metadata) -> Mapping[str, Any]:
+    """Return how a file wants its images: crop_pct, interpolation, mean and std, as timm has them.
+
+    Where the architecture's names differ in mean and std, those of the first are taken; where
+    nothing is known, the whole image, bicubic, in [−1, 1].
+    """
+    return metadata.preprocessing or next(iter(metadata.candidates.values()), None) or _PLAIN
+
+
+def prepare(image: Any, shape: tuple[int, int, int], how: Mapping[str, Any]) -> Array:
+    """Resize the shorter side of an image, crop the centre, normalise.
 
     Args:
-        file: image of any mode; it is converted to RGB.
-        size: (height, width) in pixels.
-        how: crop_pct, interpolation, mean and std, as timm has them.
+        image: Pillow's, of any mode; it is converted to RGB, or to grey for one channel.
+        shape: (channels, height, width) of the result.
+        how: crop_pct, interpolation, mean and std, as timm has them. Of three means, a model of
+            one channel takes the mean.
 
-    Raises: ImageError if the file is no readable image.
+    Returns:
+        (channels, height, width) float32.
+
+    Raises: ImageError if the image is so long and thin that it would not fit into memory.
     """
-    image_module = need("PIL.Image", "calib")
-    filters = image_module.Resampling
-    kind = {"bicubic": filters.BICUBIC, "bilinear": filters.BILINEAR}.get(
-        how["interpolation"], filters.BICUBIC
-    )
-    try:
-        with image_module.open(file) as opened:
-            image = opened.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as err:
-        raise ImageError(f"{file} is no readable image ({plain(err)}).") from err
+    channels, *size = shape
+    filters = need("PIL.Image", "calib").Resampling
+    kind = getattr(filters, str(how["interpolation"]).upper(), filters.BICUBIC)
     scale = math.floor(min(size) / how["crop_pct"]) / min(image.size)
     resized = [
         max(side, round(length * scale))
         for side, length in zip(size[::-1], image.size, strict=True)
     ]
-    image = image.resize(resized, kind)
+    if math.prod(resized) > _MOST_PIXELS:
+        raise ImageError(
+            f"The image is {image.size[0]}×{image.size[1]} pixels, too long and thin to be resized "
+            f"to {min(resized)} on its shorter side."
+        )
+    image = image.convert("RGB" if channels == 3 else "L").resize(resized, kind)
     left, top = (round((a - b) / 2) for a, b in zip(image.size, size[::-1], strict=True))
     image = image.crop((left, top, left + size[1], top + size[0]))
-    pixels = np.asarray(image, np.float32) / 255
-    normal = (pixels - np.asarray(how["mean"], np.float32)) / np.asarray(how["std"], np.float32)
-    result: Array = np.ascontiguousarray(normal.transpose(2, 0, 1))
+    pixels = np.asarray(image, np.float32).reshape(*size, channels) / 255
+    mean, std = (np.asarray(how[name], np.float32) for name in ("mean", "std"))
+    if channels == 1:
+        mean, std = mean.mean(), std.mean()
+    result: Array = np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1))
     return result

@@ -200,7 +200,7 @@ def _batches(runner: Runner, n_images: int) -> Iterable[int]:
     return (fixed,) if fixed is not None else sorted({1, 3, n_images})
 
 
-def _run_all(runner: Runner, images: Array, batch: int) -> list[Array]:
+def run_all(runner: Runner, images: Array, batch: int) -> list[Array]:
     """Run any number of images in batches; the last is filled up with its last image."""
     parts = []
     for start in range(0, len(images), batch):
@@ -214,7 +214,7 @@ def _run_all(runner: Runner, images: Array, batch: int) -> list[Array]:
 def _compare(
     runner: Runner, golden: Golden, metadata: Metadata, batch: int, gate: Gate, gated: bool
 ) -> Run:
-    output, *targets = _run_all(runner, golden.images, batch)
+    output, *targets = run_all(runner, golden.images, batch)
     otherwise, near_tie = _decisions(targets, golden, gate.near_tie)
     same = ~otherwise
     difference = np.abs(output.astype(np.float64) - golden.reduced)

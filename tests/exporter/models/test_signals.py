@@ -12,8 +12,8 @@ import torch
 import tomexport
 from tests.exporter.models import signals
 from tomexport import pipeline
-from tomexport.calib.images import ImageError, ImageFolder
-from tomexport.errors import CheckpointError, RewriteError
+from tomexport.calib.images import ImageSet
+from tomexport.errors import CheckpointError, ImageError, RewriteError
 from tomexport.exporter import zoo
 from tomexport.exporter.architecture import build
 from tomexport.exporter.checkpoint import Checkpoint
@@ -151,5 +151,5 @@ def test_image_files_are_no_clips(tmp_path, case, model):
     from PIL import Image
 
     Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
-    with pytest.raises(ImageError, match="image files give 3"):
-        ImageFolder.find(tmp_path)(pipeline.describe(path))
+    with pytest.raises(ImageError, match=r"images give 3|no pixels"):
+        ImageSet.find(tmp_path)(pipeline.describe(path))
