@@ -140,10 +140,8 @@ class Attention(nn.Module):
         if order is not None:
             before = qkv[:, n_heads : 2 * n_heads]
             qkv = qkv.index_select(2, order.forth)
-            bias = None if bias is None else bias.index_select(1, order.forth)
         if bias is not None:
-            bias = bias.reshape(-1, n_slices, 1, run)  # of each slice
-            bias = torch.cat([bias] * n_heads, dim=1) if n_slices > 1 else bias  # and head
+            bias = self._of_each_run(bias, n_slices, order)
         parts = qkv.reshape(n_batch, 3 * n_runs, run, dim // n_heads)
         q, k, v = torch.split(parts, n_runs, dim=1)  # (B, heads · slices, N / slices, D) each
         # in their own order the keys are these, seen otherwise: no slice to be computed
@@ -152,6 +150,16 @@ class Attention(nn.Module):
         if order is not None:
             out = out.index_select(2, order.back)
         return self.proj(out.transpose(1, 2).flatten(2)), keys
+
+    def _of_each_run(self, bias: Tensor, n_slices: int, order: Order | None) -> Tensor:
+        """(1 or B, N) → (1 or B, 1 or heads · slices, 1, N / slices): by one gathering."""
+        n = bias.shape[1]
+        if n_slices > 1:  # the slices of every head
+            places = torch.arange(n) if order is None else order.forth
+            bias = bias.index_select(1, places.repeat(self.n_heads))
+        elif order is not None:
+            bias = bias.index_select(1, order.forth)
+        return bias.reshape(bias.shape[0], -1, 1, n // n_slices)
 
 
 class Block(nn.Module):
