@@ -198,6 +198,14 @@ def _without_extras(
     return {key: t for key, t in state.items() if key not in extras}, extras, methods
 
 
+def own_of(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Return the weights of a module that are a method's own, and the methods that have such."""
+    for layout in LAYOUTS:
+        if layout.recognises(state):
+            return _without_extras(dict(state), layout)[1:]
+    return {}, ()
+
+
 def _first(keys: list[str]) -> str:
     return f"{keys[0]}{f' and {len(keys) - 1} more' if len(keys) > 1 else ''}"
 

@@ -14,7 +14,7 @@ from tomexport.artifact import IN_MEMORY, PRETRAINED
 from tomexport.artifact import RANDOM as RANDOM
 from tomexport.errors import RewriteError
 from tomexport.exporter import checkpoint, zoo
-from tomexport.exporter.architecture import build
+from tomexport.exporter.architecture import build, own_of
 from tomexport.exporter.families import family_of
 from tomexport.exporter.rewrite import private_copy
 from tomexport.exporter.weights import seed_weights, weights_sha256
@@ -91,12 +91,21 @@ def find(
 
 
 def _from_module(model: nn.Module) -> Source:
-    """Take a module as it is; timm's say what they were built as."""
+    """Take a module as it is; timm's say what they were built as.
+
+    Modules that are a method's own, of the names that its checkpoints have, are taken off a copy.
+    """
+    extras, methods = own_of(model.state_dict())
+    if extras:
+        model = private_copy(model)
+        for own in dict.fromkeys(key.rpartition(".")[0] for key in extras):
+            parent, _, child = own.rpartition(".")
+            delattr(model.get_submodule(parent), child)
     configuration = getattr(model, "pretrained_cfg", None) or {}
     name = configuration.get("architecture")
     if name not in zoo.supported_names():
-        return Source(model, (), IN_MEMORY, None)
-    return Source(model, (name,), IN_MEMORY, zoo.preprocessing(name))
+        return Source(model, (), IN_MEMORY, None, (), extras, methods)
+    return Source(model, (name,), IN_MEMORY, zoo.preprocessing(name), (), extras, methods)
 
 
 def _from_file(path: Path, arch: str | None, seed: int | None) -> Source:
