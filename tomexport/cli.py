@@ -131,7 +131,9 @@ _image_set = (
     )),
     click.option("--limit", type=int, metavar="N",
                  help="Draw so many of the images; all if left out."),
-    click.option("--seed", default=0, show_default=True, metavar="N", help="Seed of that draw."),
+    click.option("--seed", default=0, show_default=True, metavar="N", help=(
+        "Seed of that draw, and of all else that is drawn."
+    )),
 )  # fmt: skip
 _kernels = click.option(
     "--kernels", default="auto", show_default=True, metavar="auto|off|PATH",
@@ -158,6 +160,7 @@ def cli() -> None:
     tomexport verify FILE                   compare a file with PyTorch
     tomexport profile FILE                  what merging costs and saves in it
     tomexport evaluate FILE --images DIR    how right it is, and how like the unmerged model
+    tomexport learn MODEL --images DIR      merge by what was learned from images
     tomexport kernels build|list|clean      the fused kernels of this machine
     tomexport doctor                        what this machine has
 
@@ -384,6 +387,53 @@ def evaluate(
         raise click.exceptions.Exit(EXIT_CHECK_FAILED)
 
 
+@cli.command()
+@click.argument("model")
+@_options(
+    *_image_set,
+    click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT",
+                 help="Checkpoint to write: .safetensors or .pth."),
+    click.option("--schedule", default="const:16", show_default=True, metavar="S",
+                 help="Tokens to remove while learning; any other can be exported afterwards."),
+    click.option("--judge", multiple=True, metavar="S",
+                 help="Compare at this schedule too; one or more."),
+    click.option("--targets", default="logits", show_default=True, metavar="logits|labels",
+                 help="Come near to the unmerged model's logits, or to the labels."),
+    click.option("--epochs", type=int, metavar="N", help="Passes over the images.  [default: 10]"),
+    click.option("--minutes", type=float, metavar="T", help="Or about so long."),
+    click.option("--lr", default=1e-3, show_default=True, metavar="X",
+                 help="AdamW's learning rate at the start; it falls along a cosine."),
+    click.option("--batch", default=16, show_default=True, metavar="N", help="Images per step."),
+    click.option("--dim", type=int, metavar="N",
+                 help="Features of the embedding; as many as a head has if left out."),
+    _arch,
+    click.option("--force", is_flag=True, help="Replace an existing checkpoint."),
+    _json,
+    _debug,
+)  # fmt: skip
+def learn(
+    model: str, images: Path, output: Path, labels: str | None, limit: int | None, as_json: bool,
+    epochs: int | None, minutes: float | None, lr: float, batch: int, seed: int, **options: Any,
+) -> None:  # fmt: skip
+    """Learn from images by what MODEL should compare its tokens, for --method dtem.
+
+    The model itself stays as it is. A quarter of the images is held out, to judge by. Interrupted,
+    the same command goes on where it was, to the same result.
+    """
+    from tomexport.calib.images import ImageSet
+    from tomexport.calib.learn import learn as learning
+    from tomexport.calib.learn.train import Course
+
+    if epochs is None and minutes is None:
+        epochs = learning.N_EPOCHS
+    course = Course(epochs, minutes, lr, batch, seed)
+    found = ImageSet.find(images, limit, seed, labels)
+    with _progress() as progress:
+        report = learning.learn(model, found, output, course=course, progress=progress, **options)
+    _notes(report.notes)
+    _show(report.to_dict(), as_json, lambda tables: tables.learn_table(report), width=100)
+
+
 @cli.group()
 def kernels() -> None:
     """Build, list or remove the fused kernels, which make merging cheap on a CPU.
@@ -530,5 +580,5 @@ def _ending_at_once() -> Iterator[None]:
 def _end(number: int, frame: object) -> None:
     scratch.abandon()
     show_cursor = b"\x1b[?25h\n" if sys.stderr.isatty() else b""
-    os.write(2, show_cursor + b"interrupted; nothing was left behind\n")
+    os.write(2, show_cursor + f"interrupted; {scratch.last_words()}\n".encode())
     os._exit(128 + number)

@@ -8,6 +8,7 @@
     ├── ExportError           a graph or a file that cannot be written
     ├── ArtifactError         a file that tomexport did not write, or that is damaged
     ├── ImageError            images or labels that cannot be read or do not fit
+    ├── LearnError            merging that cannot be learned as asked
     ├── BuildError            fused kernels that cannot be built
     ├── BackendError          a runtime, device or precision that is not there
     ├── MissingExtraError     an optional dependency that is not installed
@@ -55,6 +56,10 @@ class ArtifactError(TomexportError):
 
 class ImageError(TomexportError):
     """Images, or labels of them, that cannot be read or do not fit."""
+
+
+class LearnError(TomexportError):
+    """Merging that cannot be learned as it was asked for."""
 
 
 class BuildError(TomexportError):

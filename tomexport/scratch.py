@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+_last_words = ["nothing was left behind"]
 _open: set[Path] = set()
 _running: set[subprocess.Popen[str]] = set()
 
@@ -45,6 +46,16 @@ def process(command: list[str]) -> Iterator[subprocess.Popen[str]]:
         child.kill()  # ends a stopped process too
         child.communicate()
         _running.discard(child)
+
+
+def farewell(words: str) -> None:
+    """Say what is left, should the process be interrupted now."""
+    _last_words[0] = words
+
+
+def last_words() -> str:
+    """Return what to say when interrupted."""
+    return _last_words[0]
 
 
 def abandon() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -18,6 +19,10 @@ from tomexport.runtime.doctor import Diagnosis
 from tomexport.runtime.profile import ProfileReport, Run, Variant, percent, times
 from tomexport.runtime.timing import Interval
 from tomexport.runtime.verify import VerifyReport
+
+if TYPE_CHECKING:  # it loads torch
+    from tomexport.calib.fidelity import Estimate
+    from tomexport.calib.learn.learn import LearnReport
 
 
 def _table(*columns: str, title: str | None = None) -> Table:
@@ -301,3 +306,45 @@ def _words(value: object) -> str:
     if isinstance(value, dict):
         return "; ".join(f"{name}: {', '.join(map(str, items))}" for name, items in value.items())
     return ", ".join(value) if isinstance(value, list) else str(value)
+
+
+def learn_table(report: LearnReport) -> RenderableType:
+    """Show what learning changed, on the images held out, and its verdict."""
+    table = _table(
+        "schedule", "tokens left", "GMACs", "agree with unmerged", "KL", "top-1",
+        title=f"{report.path}: {report.model}, learned at {report.schedule} from "
+        f"{report.n_learned} images, judged on {report.n_held_out} others",
+    )  # fmt: skip
+    verdicts = []
+    for judged in report.judgements:
+        top1 = [f"{100 * each.value:.1f} %" for each in judged.accuracy]
+        for i, (name, likeness) in enumerate([("tome", judged.before), ("dtem", judged.after)]):
+            assert likeness.top1
+            assert likeness.kl
+            table.add_row(
+                f"{judged.schedule}, {name}", f"{judged.counts[-1]}", f"{judged.gmacs[i]:.3f}",
+                _percent_within(likeness.top1), _within(likeness.kl), top1[i + 1] if top1 else "–",
+            )  # fmt: skip
+        verdicts.append(
+            Text(
+                f"{judged.schedule}: {judged.verdict} (agreement "
+                f"{_percent_within(judged.agreement, '+')}, KL {_within(judged.kl, '+')}; "
+                "paired, 95 %)"
+            )
+        )
+    unmerged = report.judgements[0]
+    whole = f"unmerged: {unmerged.gmacs[2]:.3f} GMACs"
+    if unmerged.accuracy:
+        whole += f", top-1 {100 * unmerged.accuracy[0].value:.1f} %"
+    learned = report.learned
+    steps = f"{learned.steps} steps in {learned.seconds:.0f} s, last loss {learned.loss:.4f}"
+    return Group(table, Text(whole), Text(steps), *verdicts)
+
+
+def _percent_within(estimate: Estimate, sign: str = "") -> str:
+    low, high = 100 * estimate.low, 100 * estimate.high
+    return f"{100 * estimate.value:{sign}.1f} % [{low:{sign}.1f}, {high:{sign}.1f}]"
+
+
+def _within(estimate: Estimate, sign: str = "") -> str:
+    return f"{estimate.value:{sign}.4f} [{estimate.low:{sign}.4f}, {estimate.high:{sign}.4f}]"

@@ -283,7 +283,7 @@ def _from_npz(path: Path, labels: str | None) -> ImageSet:
     return ImageSet(path, names, tuple(classes.tolist()), n, (note,), pixels=pixels)
 
 
-_PLAIN: Mapping[str, Any] = {
+PLAIN: Mapping[str, Any] = {
     "crop_pct": 1.0, "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3,
 }  # fmt: skip
 
@@ -294,7 +294,7 @@ def preprocessing(metadata: Metadata) -> Mapping[str, Any]:
     Where the architecture's names differ in mean and std, those of the first are taken; where
     nothing is known, the whole image, bicubic, in [−1, 1].
     """
-    return metadata.preprocessing or next(iter(metadata.candidates.values()), None) or _PLAIN
+    return metadata.preprocessing or next(iter(metadata.candidates.values()), None) or PLAIN
 
 
 def prepare(image: Any, shape: tuple[int, int, int], how: Mapping[str, Any]) -> Array:

@@ -1,0 +1,1 @@
+"""DTEM's embedding, trained on calibration images beside a frozen model."""
