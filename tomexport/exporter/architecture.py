@@ -275,6 +275,7 @@ def _infer(
             closest = (distance, name, model)
     if not fits:
         _refuse_unknown(state, layout, source, closest)
+    fits = _as_named(fits, said) if said else fits
     # a name at its own image size and pooling describes the file better than one bent to fit
     fits = dict(sorted(fits.items(), key=lambda item: len(item[1][0])))
     functions: dict[Any, list[str]] = {}
@@ -288,6 +289,19 @@ def _infer(
         )
     (names,) = functions.values()
     return tuple(names), fits[names[0]][0]
+
+
+def _as_named(
+    fits: dict[str, tuple[Options, nn.Module]], said: Options
+) -> dict[str, tuple[Options, nn.Module]]:
+    """Return those that are by name what else was said of them, if any is; otherwise all."""
+    by_name = {
+        name: (options, model)
+        for name, (options, model) in fits.items()
+        if _function_of(skeleton(name, **{k: v for k, v in options.items() if k not in said}))
+        == _function_of(model)
+    }
+    return by_name or fits
 
 
 def _refuse_unknown(

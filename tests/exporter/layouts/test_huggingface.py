@@ -25,7 +25,7 @@ NAMES = {
     "dinov2": "vit_base_patch14_dinov2",
     "dinov2_giant": "vit_giant_patch14_dinov2",
     "dinov2_registers": "vit_base_patch14_reg4_dinov2",
-    "clip": "vit_base_patch32_clip_224",
+    "clip": "vit_base_patch32_clip_quickgelu_224",
     "clip_features": "vit_base_patch32_clip_quickgelu_224",
     "clip_classifier": "vit_base_patch32_clip_224",
     "siglip": "vit_base_patch16_siglip_224",
@@ -72,6 +72,7 @@ def test_the_model_is_the_one_that_was_saved(small, case, index):
 def test_the_architecture_is_found_by_shapes(small, case):
     built = architecture.build(_checkpoint(case))
     assert NAMES[case] in built.names
+    assert all(("quickgelu" in name) == (case == "clip") for name in built.names)
     assert _difference(built, case) < 1e-5
     tomexport.reduce(built.model, "const:2")
 

@@ -109,6 +109,8 @@ def said(defaults: Defaults) -> Callable[[Mapping[str, Any], State, str], Option
     """Return how a `config.json` is read; see `Layout.said`."""
 
     def read(config: Mapping[str, Any], state: State, source: str) -> Options:
+        from timm.layers import LayerNorm
+
         tower = config.get("vision_config")
         tower = tower if isinstance(tower, Mapping) else config
         kinds = [str(each.get("model_type")) for each in (config, tower)]
@@ -135,7 +137,7 @@ def said(defaults: Defaults) -> Callable[[Mapping[str, Any], State, str], Option
         return {
             "num_heads": heads,
             "act_layer": _ACTIVATIONS[activation],
-            "norm_layer": partial(nn.LayerNorm, eps=epsilon),
+            "norm_layer": partial(LayerNorm, eps=epsilon),
         }
 
     return read
