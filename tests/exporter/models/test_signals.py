@@ -101,6 +101,7 @@ def test_tokens_and_macs_are_those_of_the_papers(name, tokens, gmacs):
 def test_videos_plan_is_tomes():
     plan = tomexport.plan("videomae_large", "const:65")
     assert [step.tokens_out for step in plan.steps][-2:] == [73, 37]
+    assert plan.macs / 1e9 == pytest.approx(281, rel=0.01)
 
 
 def test_the_authors_files_are_found_by_shapes():
