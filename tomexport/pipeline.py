@@ -102,7 +102,7 @@ class ExportReport:
 
 
 def plan(
-    model: str | Path | nn.Module,
+    model: str | Path | nn.Module | Source,
     schedule: str,
     *,
     method: str | None = None,
@@ -117,19 +117,22 @@ def plan(
     """
     wanted = Schedule.parse(schedule)  # before torch is loaded
     found = _find(model, arch=arch, img_size=img_size, with_weights=False)
-    return _plan(found, wanted, _method(found, method), output_kind)
+    return _plan(found, wanted, method_of(found, method), output_kind)
 
 
-def _find(model: str | Path | nn.Module, **options: Any) -> Source:
+def _find(model: str | Path | nn.Module | Source, **options: Any) -> Source:
     need("torch", "export")
     from tomexport.exporter.source import find
 
     return find(model, **options)
 
 
-def _method(found: Source, text: str | None) -> Method:
-    """Return the method that is asked for; without a name, the one whose weights the file has."""
-    from tomexport.exporter.methods import method_of
+def method_of(found: Source, text: str | None) -> Method:
+    """Return the method that is asked for; without a name, the one whose weights the file has.
+
+    Raises: RewriteError if it cannot be told, UnknownNameError for a name that there is not.
+    """
+    from tomexport.exporter import methods
 
     name, colon, options = (text or "").partition(":")
     if not name and len(found.methods) > 1:
@@ -138,7 +141,7 @@ def _method(found: Source, text: str | None) -> Method:
             "does not say which of them it was trained with. Name it with --method."
         )
     known = found.methods[0] if found.methods else DEFAULT_METHOD
-    method = method_of(f"{name or known}{colon}{options}")
+    method = methods.method_of(f"{name or known}{colon}{options}")
     return method.fitted(found.extras) if method.fitted else method
 
 
@@ -169,7 +172,7 @@ def _check_output_kind(found: Source, wanted: str | None) -> None:
 
 
 def reduce(
-    model: str | Path | nn.Module,
+    model: str | Path | nn.Module | Source,
     schedule: str,
     *,
     method: str | None = None,
@@ -203,14 +206,14 @@ def _reduce(
     from tomexport.exporter.own_weights import own_weights
     from tomexport.exporter.rewrite import ReducedModel
 
-    chosen = _method(found, method)
+    chosen = method_of(found, method)
     plan = _plan(found, schedule, chosen, output_kind)
     own = own_weights(chosen, plan, found)
     return ReducedModel(found.model, plan, chosen, prop_attn=prop_attn, own=own, output=output_kind)
 
 
 def export(
-    model: str | Path | nn.Module,
+    model: str | Path | nn.Module | Source,
     schedule: str,
     output: str | Path,
     *,
@@ -240,7 +243,7 @@ def export(
         report.verify.passed
 
     Args:
-        model: checkpoint file, timm name or module.
+        model: checkpoint file, timm name, module, or what `exporter.source.find` found.
         schedule: tokens to remove: none, const:R, linear:R, exp:R_INIT,ALPHA or list:….
         output: the file; .onnx or .xml.
         method: how tokens are chosen; None is the method whose weights the file has, or ToMe.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -112,30 +113,43 @@ class ReducedModel(nn.Module):
         return self._run(image, decisions), decisions
 
     def _run(self, image: Tensor, decisions: list[Decision] | None) -> Tensor:
-        family = self._family
-        x = family.embed(self.net, image)  # (B, N, C)
-        state = _Stage()
-        for index, (call, step) in enumerate(zip(self._calls, self.plan.steps, strict=True)):
-            is_last = step is self.plan.steps[-1] and not self._tokens
-            n_out = family.n_read(self.net) if is_last else None
-            before = x
-            if step.place == BEFORE and step.removed:
-                x = self._reduce(x, before, None, index, state, decisions)
-            size = state.size if self._weighs_keys else None
-            x, signals = family.attention(call, Tokens(x, size, state.place), n_out)
-            if self._method.remember:
-                state.memory = self._method.remember(state.memory, signals, state.target)
-            if step.place == BETWEEN and step.removed and n_out is None:
-                x = self._reduce(x, before, signals, index, state, decisions)
-            x = family.mlp(call, x)
-            if step.restored and n_out is None:
-                x = _restored(x, state, step.restored)
-                state = _Stage(memory=state.memory)
-                if family.downsample is not None:
-                    x = family.downsample(self.net, step.stage + 1, x)
+        at = self.begin(image)
+        for _ in self.plan.steps:
+            at = self.advance(at, decisions)
+        return self.finish(at)
+
+    def begin(self, image: Tensor) -> Midway:
+        """Embed images, (B, channels, height, width)."""
+        return Midway(self._family.embed(self.net, image), 0, _Stage())
+
+    def advance(self, at: Midway, decisions: list[Decision] | None = None) -> Midway:
+        """Compute the next block call; what it goes on from stays as it was."""
+        family, call, step = self._family, self._calls[at.done], self.plan.steps[at.done]
+        is_last = step is self.plan.steps[-1] and not self._tokens
+        n_out = family.n_read(self.net) if is_last else None
+        state = dataclasses.replace(at.state, targets=[*at.state.targets])
+        x = before = at.x
+        if step.place == BEFORE and step.removed:
+            x = self._reduce(x, before, None, at.done, state, decisions)
+        size = state.size if self._weighs_keys else None
+        x, signals = family.attention(call, Tokens(x, size, state.place), n_out)
+        if self._method.remember:
+            state.memory = self._method.remember(state.memory, signals, state.target)
+        if step.place == BETWEEN and step.removed and n_out is None:
+            x = self._reduce(x, before, signals, at.done, state, decisions)
+        x = family.mlp(call, x)
+        if step.restored and n_out is None:
+            x = _restored(x, state, step.restored)
+            state = _Stage(memory=state.memory)
+            if family.downsample is not None:
+                x = family.downsample(self.net, step.stage + 1, x)
+        return Midway(x, at.done + 1, state)
+
+    def finish(self, at: Midway) -> Tensor:
+        """Compute the output after the last call."""
         if self._tokens:
-            return self._each_patch(family.norm(self.net, x), state)
-        return family.head(self.net, x, state.size if self._method.sizes else None)
+            return self._each_patch(self._family.norm(self.net, at.x), at.state)
+        return self._family.head(self.net, at.x, at.state.size if self._method.sizes else None)
 
     def _each_patch(self, x: Tensor, state: _Stage) -> Tensor:
         """Give each patch, (B, N, C), what the slot holds that it ended in."""
@@ -163,6 +177,21 @@ class ReducedModel(nn.Module):
         if decisions is not None and left.target is not None and left.margin is not None:
             decisions.append(Decision(left.target, left.margin()))
         return left.x
+
+
+@dataclass(frozen=True)
+class Midway:
+    """A run between two block calls: another plan that begins alike can go on from it.
+
+    Attributes:
+        x: (B, N, C), the tokens.
+        done: how many calls were computed.
+        state: what the rest of the run needs to know.
+    """
+
+    x: Tensor
+    done: int
+    state: _Stage
 
 
 @dataclass

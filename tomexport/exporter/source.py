@@ -56,7 +56,7 @@ class Source:
 
 
 def find(
-    model: str | Path | nn.Module,
+    model: str | Path | nn.Module | Source,
     *,
     arch: str | None = None,
     img_size: tuple[int, int] | None = None,
@@ -67,7 +67,7 @@ def find(
     """Find a model.
 
     Args:
-        model: path, name or module.
+        model: path, name or module, or what was found before, which stays as it is.
         arch: timm name of a checkpoint's architecture; None finds it.
         img_size: (height, width) in pixels to resample the positions for.
         random_weights: seed for weights instead of trained ones.
@@ -77,6 +77,10 @@ def find(
 
     Raises: CheckpointError, RewriteError, UnknownNameError or MissingExtraError.
     """
+    if isinstance(model, Source):
+        if arch or img_size or (random_weights, permutation_seed) != (None, None):
+            raise RewriteError("This model was found already; say how where it is found.")
+        return model
     if isinstance(model, nn.Module):
         if arch or random_weights is not None:
             raise RewriteError("arch and random_weights go with a file or a name, not a module.")
