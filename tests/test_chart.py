@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from tests import made_up_search
 from tests.made_up_profile import report
 from tomexport import chart
 from tomexport.errors import ExportError, MissingExtraError
@@ -21,6 +22,13 @@ def test_a_chart_is_a_picture_of_some_size(tmp_path):
     assert width > 1000
     assert height > 200
     assert os.listdir(tmp_path) == ["chart.png"]
+
+
+@pytest.mark.parametrize("chosen", [1, None])
+def test_a_front_is_a_picture_too(tmp_path, chosen):
+    chart.draw_front(made_up_search.report(chosen), tmp_path / "front.png")
+    assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert os.listdir(tmp_path) == ["front.png"]
 
 
 def test_what_was_found_stands_beside_the_bars():

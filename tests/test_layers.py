@@ -76,7 +76,7 @@ def _loaded(code: str) -> set[str]:
         "import tomexport; tomexport.Schedule.parse('exp:0.25,0')",
         "import tomexport.cli",
         "import tomexport.runtime.verify, tomexport.runtime.doctor",
-        "import tomexport; tomexport.load; tomexport.verify; tomexport.profile",
+        "import tomexport; tomexport.load; tomexport.verify; tomexport.profile; tomexport.search",
         "import tomexport.kernels, tomexport.kernels.build, tomexport.runtime.libraries",
     ],
 )

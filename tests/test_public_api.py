@@ -11,7 +11,7 @@ import tomexport
 
 def test_all_is_what_can_be_reached():
     assert set(tomexport.__all__) | {"__version__"} == set(dir(tomexport))
-    functions = ["plan", "reduce", "export", "load", "verify", "profile"]
+    functions = ["plan", "reduce", "export", "load", "verify", "profile", "search"]
     assert tomexport.__all__ == ["Plan", "Schedule", *functions]
 
 

@@ -7,6 +7,7 @@ import io
 
 from rich.console import Console
 
+from tests import made_up_search
 from tests.made_up_profile import report, variant
 from tomexport import tables
 from tomexport.runtime.timing import Interval
@@ -49,3 +50,25 @@ def test_a_profile_that_is_too_slow_says_so():
     lines = _printed(tables.profile_table(report(min_speedup=1.3)), 100)
     assert "FAIL: the speed-up is below 1.3×" in lines
     assert not any("FAIL" in line for line in _printed(tables.profile_table(report(1.2)), 100))
+
+
+def test_a_search_shows_what_nothing_beats():
+    lines = _printed(tables.search_table(made_up_search.report()), 110)
+    assert lines[0] == (
+        "test_vit on all of photos: 30 searched on, 30 held out; 3 of 4 points that no other beats"
+    )
+    rows = [line.split() for line in lines[2:5]]
+    assert rows == [
+        ["list:0,0,4,9", "tome", "f32", "0.600", "5.00", "2.00×", "25.0%", "25.0%"],
+        ["exp:0.25,0", "tome", "f32", "0.800", "8.00", "1.25×", "1.0%", "2.0%", "chosen"],
+        ["none", "tome", "f32", "1.000", "10.00", "1.00×", "0.0%", "0.0%"],
+    ]
+    assert lines[5:] == [
+        "unmerged, float32: 10.00 ms; the loss is top-1 accuracy lost",
+        "best.onnx: the fastest with a loss of at most 2.00%",
+    ]
+
+
+def test_a_search_that_found_nothing_says_so():
+    lines = _printed(tables.search_table(made_up_search.report(chosen=None)), 110)
+    assert lines[-1] == "No point is the fastest with a loss of at most 2.00%."

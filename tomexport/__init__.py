@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tomexport.plan import Plan, Schedule
 
 if TYPE_CHECKING:
+    from tomexport.calib.search.search import search
     from tomexport.pipeline import export, plan, reduce
     from tomexport.runtime.load import load
     from tomexport.runtime.profile import profile
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["Plan", "Schedule", "plan", "reduce", "export", "load", "verify", "profile"]
+__all__ = ["Plan", "Schedule", "plan", "reduce", "export", "load", "verify", "profile", "search"]
 
 _HOMES = {
     "plan": "tomexport.pipeline",
@@ -33,6 +34,7 @@ _HOMES = {
     "load": "tomexport.runtime.load",
     "verify": "tomexport.runtime.verify",
     "profile": "tomexport.runtime.profile",
+    "search": "tomexport.calib.search.search",
 }
 del plan
 

@@ -1,4 +1,4 @@
-"""A profile as a picture: the latency of each variant, with what was found beside it."""
+"""Pictures: the latencies of a profile, and the front of a search."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tomexport import scratch
+from tomexport.calib.search.search import SearchReport
 from tomexport.delivery import check_file
 from tomexport.errors import ExportError, need
 from tomexport.runtime.baselines import BOUND, FUSED, NONE, PORTABLE
@@ -38,6 +39,10 @@ def draw(report: ProfileReport, path: Path) -> None:
     panels[0, 0].set_xlim(left=0)
     panels[-1, 0].set_xlabel("ms per call: median, and from the 20th to the 90th percentile")
     figure.suptitle(f"{Path(report.path).name}: {report.model}, {report.schedule}")
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
     try:
         with scratch.folder(path) as folder:
             figure.savefig(folder / path.name, dpi=150)
@@ -46,6 +51,43 @@ def draw(report: ProfileReport, path: Path) -> None:
         raise ExportError(
             f"The chart {path} could not be written: {err.strerror or err}. Nothing was kept."
         ) from err
+
+
+_FAMILY_COLOURS = {
+    "none": "#555555", "const": "#1f6f8b", "linear": "#5aa9c4", "exp": "#d1793b", "keep": "#8a6fb0",
+    "list": "#3f8f4f",
+}  # fmt: skip
+
+
+def draw_front(report: SearchReport, path: Path) -> None:
+    """Draw loss over latency of all points of a search, whole or not at all.
+
+    Raises: ExportError if it cannot be written.
+    """
+    figure = need("matplotlib.figure", "chart").Figure(figsize=(9, 5), layout="constrained")
+    panel = figure.subplots()
+    places = [(report.latency_ms(point), 100 * point.loss) for point in report.points]
+    for family, colour in _FAMILY_COLOURS.items():
+        own = [i for i, p in enumerate(report.points) if p.schedule.split(":")[0] == family]
+        if own:
+            x, y = zip(*(places[i] for i in own), strict=True)
+            panel.scatter(x, y, s=[40 if report.front[i] else 12 for i in own], color=colour,
+                          label=family)  # fmt: skip
+    front = [place for place, best in zip(places, report.front, strict=True) if best]
+    if front:
+        panel.step(*zip(*front, strict=True), where="post", color="#999999", lw=1, zorder=0)
+    if report.chosen is not None:
+        panel.annotate(
+            report.points[report.chosen].schedule, places[report.chosen], xytext=(12, 12),
+            textcoords="offset points", fontsize=8, arrowprops={"arrowstyle": "-", "lw": 0.6},
+        )  # fmt: skip
+    panel.set_xlabel("ms per call")
+    panel.set_ylabel(f"% {report.loss}")
+    panel.set_xlim(left=0)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(frameon=False)
+    figure.suptitle(f"{report.model} on {report.images}", fontsize=9)
+    _save(figure, path)
 
 
 def _draw_run(panel: Any, run: Run) -> None:

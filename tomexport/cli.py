@@ -161,6 +161,7 @@ def cli() -> None:
     tomexport profile FILE                  what merging costs and saves in it
     tomexport evaluate FILE --images DIR    how right it is, and how like the unmerged model
     tomexport learn MODEL --images DIR      merge by what was learned from images
+    tomexport search MODEL --images DIR …   the fastest file that loses little enough
     tomexport kernels build|list|clean      the fused kernels of this machine
     tomexport doctor                        what this machine has
 
@@ -432,6 +433,87 @@ def learn(
         report = learning.learn(model, found, output, course=course, progress=progress, **options)
     _notes(report.notes)
     _show(report.to_dict(), as_json, lambda tables: tables.learn_table(report), width=100)
+
+
+@cli.command()
+@click.argument("model")
+@_options(
+    *_image_set,
+    click.option(
+        "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT",
+        help="File to write: .onnx, or .xml for OpenVINO IR.",
+    ),
+    click.option("--max-drop", type=float, metavar="SHARE", help=(
+        "Take the fastest that loses at most so much: top-1 accuracy, or agreement with the "
+        "unmerged model where there are no labels."
+    )),
+    click.option("--max-latency-ms", type=float, metavar="X",
+                 help="Take nothing slower; without --max-drop, what then loses least."),
+    click.option("--max-gmac", type=float, metavar="G",
+                 help="Take nothing with more multiply-accumulates, in 10⁹."),
+    click.option("--method", "methods", multiple=True, metavar="NAME",
+                 help="How tokens are chosen, one or more.  [default: tome]"),
+    click.option("--family", "families", multiple=True, metavar="none|const|linear|exp|keep|list",
+                 help="Kinds of schedules, one or more; all if left out."),
+    click.option("--precision", "precisions", multiple=True, metavar="f32|bf16|f16",
+                 help="One or more.  [default: f32]"),
+    click.option("--trials", type=int, metavar="N", help=(
+        "Stop when so many points are measured, those in the storage included.  [default: 40, or "
+        "no limit with --minutes]"
+    )),
+    click.option("--minutes", type=float, metavar="M", help="Begin no trial after so long."),
+    click.option("--storage", metavar="FILE.journal|URL", help=(
+        "Keep trials there, to go on with and to share with other processes and machines: a file, "
+        "or a database that SQLAlchemy knows."
+    )),
+    click.option("--seconds", default=4.0, show_default=True, metavar="T",
+                 help="Time each point for at least so long."),
+    _arch,
+    click.option("--backend", metavar="NAME",
+                 help="onnxruntime or openvino; the first that reads OUT if left out."),
+    click.option("--threads", type=int, metavar="N",
+                 help="CPU threads, kept on as many CPUs; all if left out."),
+    _kernels,
+    click.option("--front", type=click.Path(path_type=Path), metavar="FILE.json",
+                 help="Write all that was measured, and what nothing beats."),
+    click.option("--png", type=click.Path(path_type=Path), metavar="FILE",
+                 help="Draw loss over latency."),
+    click.option("--force", is_flag=True, help="Replace existing files."),
+    _json,
+    _debug,
+)  # fmt: skip
+def search(
+    model: str, images: Path, labels: str | None, limit: int | None, seed: int, output: Path,
+    front: Path | None, png: Path | None, force: bool, as_json: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Find the schedule, method and precision that fit MODEL, this machine and the images best.
+
+    Half of the images are searched on, the other half says whether it holds elsewhere.
+    """
+    from tomexport import chart
+    from tomexport.calib.images import ImageSet
+    from tomexport.calib.search.search import search as find_best
+    from tomexport.delivery import check_file, write_file
+
+    if png:
+        chart.check(png, force=force)
+    if front:
+        check_file(front, ".json", "a front", force)
+    chosen = {name: value for name, value in options.items() if value not in (None, ())}
+    with _progress() as progress:
+        found = ImageSet.find(images, limit, seed, labels)
+        report = find_best(
+            model, found, output, seed=seed, force=force, progress=progress, **chosen
+        )
+    _notes(report.notes)
+    _show(report.to_dict(), as_json, lambda tables: tables.search_table(report), width=110)
+    if front:
+        content = json.dumps(report.to_dict(), indent=2, ensure_ascii=False)
+        write_file(front, f"{content}\n".encode(), force)
+    if png:
+        chart.draw_front(report, png)
+    if not report.passed:
+        raise click.exceptions.Exit(EXIT_CHECK_FAILED)
 
 
 @cli.group()

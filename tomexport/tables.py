@@ -12,6 +12,7 @@ from rich.text import Text
 
 from tomexport.calib.evaluate import Accuracy, EvaluateReport
 from tomexport.calib.fidelity import Estimate
+from tomexport.calib.search.search import SearchReport
 from tomexport.kernels.cache import Library
 from tomexport.pipeline import ExportReport
 from tomexport.plan import Plan
@@ -348,3 +349,29 @@ def _percent_within(estimate: Estimate, sign: str = "") -> str:
 
 def _within(estimate: Estimate, sign: str = "") -> str:
     return f"{estimate.value:{sign}.4f} [{estimate.low:{sign}.4f}, {estimate.high:{sign}.4f}]"
+
+
+def search_table(report: SearchReport) -> RenderableType:
+    """Show what nothing beats, and what was chosen of it."""
+    table = _table(
+        "schedule", "method", "precision", "GMACs", "ms", "speed-up", "loss", "held out", ""
+    )
+    n_best = sum(report.front)
+    title = (
+        f"{report.model} on {report.images}; {n_best} of {len(report.points)} points that no other "
+        "beats"
+    )
+    for index, point in enumerate(report.points):
+        if not report.front[index] and index != report.chosen:
+            continue
+        table.add_row(
+            point.schedule, point.method, point.precision, f"{point.gmac:.3f}",
+            f"{report.latency_ms(point):.2f}", f"{1 / point.ratio.value:.2f}×",
+            f"{point.loss:.1%}", f"{point.held_out_loss:.1%}",
+            Text("chosen" if index == report.chosen else "", style="green"),
+        )  # fmt: skip
+    unmerged = (
+        f"unmerged, float32: {report.unmerged['latency_ms']:.2f} ms; the loss is {report.loss}"
+    )
+    fate = f"{report.path}: {report.rule}" if report.path else f"No point is {report.rule}."
+    return Group(Text(title), table, Text(unmerged), Text(fate))

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from tomexport import pipeline
 from tomexport.errors import CheckpointError, RewriteError, TomexportError, UnknownNameError
 from tomexport.exporter.source import Source, find
 from tomexport.exporter.weights import weights_sha256
@@ -387,3 +388,10 @@ def test_a_size_that_does_not_divide_into_patches_is_refused_with_the_nearest(se
 
 def test_a_module_of_another_kind_has_no_image_size():
     assert "Linear" in refusal(nn.Linear(2, 2), RewriteError, img_size=(160, 160))
+
+
+def test_what_was_found_is_found_again():
+    found = find("test_vit", random_weights=0)
+    assert find(found) is found
+    assert "This model was found already" in refusal(found, RewriteError, random_weights=1)
+    assert pipeline.plan(found, "const:4").model == "test_vit"

@@ -214,7 +214,7 @@ def profile(
     """
     path = Path(path)
     _check_numbers(rounds, launches, seconds, min_speedup)
-    cpus = _cpus(threads)
+    cpus = cpus_for(threads)
     chosen, notes = _runtimes(path, backends, device, precisions)
     metadata = read_artifact(chosen[0], path)[0]
     plan, batches = metadata.plan, _batches(path, metadata, batches)
@@ -453,8 +453,11 @@ def _check_numbers(rounds: int, launches: int, seconds: float, min_speedup: floa
         raise BackendError(f"A speed-up of {min_speedup} cannot be required; use 1.2 for instance.")
 
 
-def _cpus(threads: int | None) -> tuple[int, ...]:
-    """Return the CPUs to use, one for each thread."""
+def cpus_for(threads: int | None) -> tuple[int, ...]:
+    """Return the CPUs to use, one for each thread.
+
+    Raises: BackendError if there are not so many.
+    """
     usable = usable_cpus()
     if threads is not None and not 1 <= threads <= len(usable):
         raise BackendError(

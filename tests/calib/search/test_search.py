@@ -1,0 +1,177 @@
+"""`search`, whole, on digits: what is measured, what is chosen, what is kept and what refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import tomexport
+from tomexport import pipeline
+from tomexport.calib.images import ImageSet
+from tomexport.calib.search.measure import Meter, prepare
+from tomexport.cli import main
+from tomexport.errors import ArtifactError, BackendError, ImageError, PlanError
+from tomexport.runtime.timing import Interval
+
+SMALL = {"families": ["none", "const"], "backend": "onnxruntime", "seconds": 0.0}
+
+
+@pytest.fixture
+def by_macs(monkeypatch):
+    """Let MACs say how long a file takes, and count the files that are timed."""
+    timed = []
+
+    def ratio(meter, job):
+        plan = pipeline.describe(Path(job.path)).plan
+        timed.append(plan.schedule)
+        share = plan.macs / plan.macs_unreduced
+        return Interval(share, share, share)
+
+    monkeypatch.setattr(Meter, "_time", ratio)
+    monkeypatch.setattr(Meter, "unmerged_ms", lambda meter: 10.0)
+    return timed
+
+
+@pytest.fixture
+def images(digits):
+    return ImageSet.find(digits.held_out, limit=60)
+
+
+def test_a_small_space_is_searched_whole(digits, images, by_macs, tmp_path):
+    journal, out = str(tmp_path / "s.journal"), tmp_path / "best.onnx"
+    most = pipeline.plan(digits.checkpoint, "const:11").macs / 1e9
+    limits = {"max_gmac": most + 1e-4, "trials": 100, "storage": journal}
+    report = tomexport.search(digits.checkpoint, images, out, max_drop=0.3, **limits, **SMALL)
+    assert sorted(by_macs) == sorted(["none", *(f"const:{r}" for r in range(11, 14))])
+    assert "every point of the space was tried" in report.notes
+    points = report.points
+    assert [point.ratio.value for point in points] == sorted(p.ratio.value for p in points)
+    for point, best in zip(points, report.front, strict=True):
+        faster = [p for p in points if p.ratio.value < point.ratio.value]
+        assert best == all((p.loss, p.divergence) > (point.loss, point.divergence) for p in faster)
+    chosen = points[report.chosen]
+    assert chosen == next(p for p in points if max(p.loss, p.held_out_loss) <= 0.3)
+    assert pipeline.describe(out).plan.schedule == chosen.schedule
+    assert 0.8 < report.unmerged["top1"] <= 1
+    assert report.loss == "top-1 accuracy lost"
+
+    by_macs.clear()  # the storage knows all of it: other limits choose anew
+    again = tomexport.search(digits.checkpoint, images, tmp_path / "again.onnx", **limits, **SMALL)
+    assert by_macs == []
+    assert again.points == points
+    within = [point for point in points if point.gmac <= most + 1e-4]
+    assert again.points[again.chosen].loss == min(point.loss for point in within)
+
+
+def test_lists_are_searched_and_noted(digits, images, by_macs, tmp_path):
+    journal = str(tmp_path / "s.journal")
+    limit = 0.75 * pipeline.plan(digits.checkpoint, "none").macs_unreduced / 1e9
+    report = tomexport.search(
+        digits.checkpoint, images, tmp_path / "best.onnx", max_gmac=limit, trials=2,
+        storage=journal, evaluations=5, **SMALL | {"families": ["list"]},
+    )  # fmt: skip
+    assert all(point.schedule.startswith("list:") for point in report.points)
+    assert all(point.gmac <= limit for point in report.points)
+    (said,) = [note for note in report.notes if "exponential" in note]
+    assert re.match(r"at \d of 2 budgets of MACs the list that was found is nearer", said)
+    damaged = Path(journal).read_text().replace('"schedule":"list:', '"schedule":"lost:')
+    Path(journal).write_text(damaged)
+    with pytest.raises(ArtifactError, match="MACs in the storage is damaged"):
+        tomexport.search(
+            digits.checkpoint, images, tmp_path / "other.onnx", max_gmac=limit, trials=2,
+            storage=journal, **SMALL | {"families": ["list"]},
+        )  # fmt: skip
+
+
+def test_what_a_method_cannot_do_is_left_out_and_said(digits, images, by_macs, tmp_path):
+    report = tomexport.search(
+        digits.checkpoint, images, tmp_path / "best.onnx", max_drop=1, trials=1,
+        methods=["evo-vit"], **SMALL | {"families": ["const"]},
+    )  # fmt: skip
+    assert report.points == ()
+    assert not report.passed
+    assert report.notes[-2].startswith("13 points could not be tried, the first: evo-vit chooses")
+
+
+def test_the_time_is_measured_in_turns(digits, images, tmp_path):
+    report = tomexport.search(
+        digits.checkpoint, images, tmp_path / "best.onnx", max_drop=1, trials=1,
+        **SMALL | {"families": ["none"]},
+    )  # fmt: skip
+    (point,) = report.points
+    assert 0.3 < point.ratio.value < 3
+    assert point.ratio.low <= point.ratio.value <= point.ratio.high
+    assert point.loss == 0
+    assert report.latency_ms(point) == pytest.approx(
+        report.unmerged["latency_ms"] * point.ratio.value, abs=1e-3
+    )
+
+
+def _command(digits, tmp_path, *more):
+    return [
+        "search", str(digits.checkpoint), "--images", str(digits.held_out), "--limit", "20",
+        "-o", str(tmp_path / "best.onnx"), "--family", "none", "--trials", "1",
+        "--backend", "onnxruntime", "--json", *more,
+    ]  # fmt: skip
+
+
+def test_the_command_writes_front_and_picture(digits, by_macs, tmp_path, capsys):
+    front, png = tmp_path / "front.json", tmp_path / "front.png"
+    more = ["--max-drop", "0.5", "--front", str(front), "--png", str(png)]
+    assert main(_command(digits, tmp_path, *more)) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads(front.read_text())
+    (point,) = printed["points"]
+    assert (point["schedule"], point["on_front"], point["chosen"]) == ("none", True, True)
+    assert point["latency_ms"] == printed["unmerged"]["latency_ms"] == 10.0
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "best.onnx").is_file()
+
+
+def test_without_a_point_within_the_limits_the_code_is_1(digits, by_macs, tmp_path, capsys):
+    assert main(_command(digits, tmp_path, "--max-latency-ms", "9.9")) == 1
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["passed"] is False
+    assert printed["path"] is None
+    assert len(printed["points"]) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "Say what the file may cost: --max-drop"),
+        ({"max_drop": 2}, "--max-drop 2 is no share"),
+        ({"max_drop": 0.1, "trials": 0}, "--trials 0 cannot be kept"),
+        ({"max_drop": 0.1, "minutes": float("nan")}, "--minutes nan cannot be kept"),
+        ({"max_latency_ms": -1}, "--max-latency-ms -1 cannot be kept"),
+        ({"max_gmac": 1, "seconds": -1}, "-1 seconds is no length of time"),
+    ],
+)
+def test_what_cannot_be_asked(digits, images, tmp_path, options, message):
+    with pytest.raises(PlanError, match=message):
+        tomexport.search(digits.checkpoint, images, tmp_path / "best.onnx", **options)
+
+
+def test_more_threads_than_there_are(digits, images, tmp_path):
+    with pytest.raises(BackendError, match="9999 threads cannot be timed"):
+        tomexport.search(
+            digits.checkpoint, images, tmp_path / "best.onnx", max_drop=0.1, threads=9999
+        )
+
+
+def test_a_half_that_cannot_be_read(merged, tmp_path):
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    found = ImageSet.find(tmp_path)
+    with pytest.raises(ImageError, match=r"Every other image .* is unreadable.*b\.png"):
+        prepare(found, pipeline.describe(merged), lambda pixels: pixels[:, 0, 0])
+
+
+def test_one_image_is_too_few(digits, images, tmp_path):
+    with pytest.raises(ImageError, match="One image cannot be searched on and held out"):
+        tomexport.search(digits.checkpoint, images.take([0]), tmp_path / "b.onnx", max_drop=0.1)

@@ -1,0 +1,1 @@
+"""The best schedule, method and precision for a model on a machine."""

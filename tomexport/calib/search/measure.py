@@ -1,0 +1,197 @@
+"""One point on one machine: exported, timed in turns with the unmerged file, judged on images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tomexport import pipeline
+from tomexport.artifact import Array, Metadata
+from tomexport.calib.fidelity import cosines, divergences, hits
+from tomexport.calib.images import ImageSet, Skipped, require_some
+from tomexport.calib.outputs import file_engine
+from tomexport.calib.search.front import Measured
+from tomexport.calib.search.space import Point
+from tomexport.errors import ImageError
+from tomexport.runtime.timing import MIN_ROUNDS, Interval, Job, medians, take_turns, worker
+
+if TYPE_CHECKING:
+    from tomexport.exporter.source import Source
+
+Progress = Callable[[str], None]
+_LAUNCHES = 2  # two processes of one file can differ for as long as they live
+
+
+@dataclass(frozen=True)
+class Half:
+    """Some of the images, and what the unmerged model makes of them.
+
+    Attributes:
+        pixels: (N, channels, height, width) float32.
+        labels: (N,) class of each, −1 for none.
+        outputs: (N, classes), the unmerged model's.
+    """
+
+    pixels: Array
+    labels: Array
+    outputs: Array
+
+    def loss(self, outputs: Array, output: str) -> tuple[float, float]:
+        """Return what a model loses here, and its mean divergence from the unmerged one."""
+        if output != "logits":
+            apart = float(1 - cosines(self.outputs, outputs).mean())
+            return apart, apart
+        divergence = float(divergences(self.outputs, outputs).mean())
+        known = self.labels >= 0
+        if not known.any():
+            return float((outputs.argmax(1) != self.outputs.argmax(1)).mean()), divergence
+        before, after = (
+            float(hits(each[known], self.labels[known]).mean()) for each in (self.outputs, outputs)
+        )
+        return before - after, divergence
+
+    @property
+    def top1(self) -> float | None:
+        """The unmerged model's accuracy; None without labels."""
+        known = self.labels >= 0
+        return float(hits(self.outputs[known], self.labels[known]).mean()) if known.any() else None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Images, read once: one half to search on, one to see whether it holds elsewhere.
+
+    Attributes:
+        search, held_out: the halves.
+        skipped: those that could not be read.
+    """
+
+    search: Half
+    held_out: Half
+    skipped: tuple[Skipped, ...]
+
+
+def prepare(images: ImageSet, metadata: Metadata, run: Callable[[Array], Array]) -> Prepared:
+    """Read all images, every other one for each half; an unreadable one shifts none.
+
+    Args:
+        images: at least two.
+        metadata: how to prepare them.
+        run: computes the unmerged model.
+
+    Raises: ImageError if none can be read, or none of one half.
+    """
+    batches = list(images.batches(metadata))
+    skipped = [each for batch in batches for each in batch.skipped]
+    require_some(images, skipped)
+    if len({i % 2 for batch in batches for i in batch.indices}) < 2:
+        raise ImageError(
+            f"Every other image of {images.source} is unreadable, so that none is left to search "
+            f"on, or to hold out. The first: {skipped[0].why}"
+        )
+    indices = np.array([i for batch in batches for i in batch.indices])
+    pixels = np.concatenate([batch.pixels for batch in batches])
+    given = images.labels or (None,) * len(images)
+    labels = np.array([-1 if given[i] is None else given[i] for i in indices], np.int64)
+    outputs = run(pixels)
+    half = [Half(pixels[part], labels[part], outputs[part]) for part in
+            (indices % 2 == 0, indices % 2 == 1)]  # fmt: skip
+    return Prepared(half[0], half[1], tuple(skipped))
+
+
+class Meter:
+    """Measures points of a model against its unmerged file, in one runtime of one machine."""
+
+    def __init__(
+        self, found: Source, folder: Path, suffix: str, job: Job, *, seconds: float,
+        progress: Progress,
+    ) -> None:  # fmt: skip
+        """Export the unmerged file.
+
+        Args:
+            found: the model.
+            folder: for files that live as long as the search.
+            suffix: ".onnx" or ".xml".
+            job: how to run files; its path does not matter.
+            seconds: time each point for at least so long.
+            progress: is told what is being done.
+        """
+        self._found, self._folder, self._suffix = found, folder, suffix
+        self._seconds, self._progress = seconds, progress
+        progress("exporting the unmerged model")
+        path = folder / f"none{suffix}"
+        self.metadata = pipeline.export(found, "none", path, verify=False).metadata
+        self._none = replace(job, path=str(path), precision="f32")
+
+    def run(self, job: Job, pixels: Array) -> Array:
+        """Compute a file's outputs."""
+        engine = file_engine(
+            Path(job.path), job.backend, job.device, job.precision, job.kernels, batch=1
+        )
+        return engine.run(pixels)
+
+    def unmerged(self, pixels: Array) -> Array:
+        """Compute the unmerged model, in float32."""
+        return self.run(self._none, pixels)
+
+    def unmerged_ms(self) -> float:
+        """Return the median time of a call of the unmerged file, in milliseconds."""
+        with worker(self._none) as none:
+            (samples,) = take_turns([none], MIN_ROUNDS, self._seconds)
+        return round(float(np.median(medians(samples))), 4)
+
+    def measure(self, point: Point, images: Prepared) -> Measured:
+        """Export a point, time it and judge it; its file is gone afterwards.
+
+        Raises: what `export`, `load` and the timing raise.
+        """
+        path = self._folder / f"point{self._suffix}"
+        try:
+            job = self._file(point, path)
+            self._progress(f"timing {point.schedule}")
+            ratio = self._time(job)
+            self._progress(f"judging {point.schedule}")
+            halves = (images.search, images.held_out)
+            outputs = [self.run(job, half.pixels) for half in halves]
+        finally:
+            for part in self._folder.glob("point*"):
+                part.unlink()
+        (loss, divergence), (held_out, held_out_divergence) = (
+            half.loss(each, self.metadata.output)
+            for half, each in zip(halves, outputs, strict=True)
+        )
+        return Measured(
+            point.method, point.schedule, point.precision, point.removed, point.gmac,
+            ratio, loss, divergence, held_out, held_out_divergence,
+        )  # fmt: skip
+
+    def deliver(self, point: Point, output: Path, *, force: bool) -> None:
+        """Export a point to stay, with its proof."""
+        self._export(point, output, verify=True, force=force)
+
+    def _file(self, point: Point, path: Path) -> Job:
+        self._progress(f"exporting {point.schedule}")
+        self._export(point, path, verify=False, force=True)
+        return replace(self._none, path=str(path), precision=point.precision)
+
+    def _export(self, point: Point, path: Path, *, verify: bool, force: bool) -> None:
+        pipeline.export(
+            self._found, point.schedule, path, method=point.method, verify=verify, force=force,
+            progress=self._progress,
+        )  # fmt: skip
+
+    def _time(self, job: Job) -> Interval:
+        """Return the time over the unmerged file's, of several launches of both."""
+        ratios = []
+        for _ in range(_LAUNCHES):
+            with ExitStack() as stack:
+                both = [stack.enter_context(worker(each)) for each in (job, self._none)]
+                own, none = take_turns(both, MIN_ROUNDS, self._seconds / _LAUNCHES)
+            ratios.append(medians(own) / medians(none))
+        shared = min(map(len, ratios))
+        return Interval.of(np.array([each[:shared] for each in ratios]))
