@@ -49,12 +49,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def lacking() -> Callable[[str, str], NoReturn]:
+def lacking() -> Callable[..., NoReturn]:
     """Skip a test for what is not here, with the command that brings it. CI must have it."""
 
-    def skip(what: str, command: str) -> NoReturn:
+    def skip(what: str, command: str, required: str = "TOMEXPORT_REQUIRE_NATIVE") -> NoReturn:
         why = f"without {what}; to run this test: {command}"
-        if os.environ.get("TOMEXPORT_REQUIRE_NATIVE"):
+        if os.environ.get(required):
             pytest.fail(why)
         pytest.skip(why)
 

@@ -162,6 +162,8 @@ def cli() -> None:
     tomexport evaluate FILE --images DIR    how right it is, and how like the unmerged model
     tomexport learn MODEL --images DIR      merge by what was learned from images
     tomexport search MODEL --images DIR …   the fastest file that loses little enough
+    tomexport show FILE IMAGE -o PNG        which patches it merges
+    tomexport report FILE -o HTML           all of this on one page
     tomexport kernels build|list|clean      the fused kernels of this machine
     tomexport doctor                        what this machine has
 
@@ -513,6 +515,69 @@ def search(
     if png:
         chart.draw_front(report, png)
     if not report.passed:
+        raise click.exceptions.Exit(EXIT_CHECK_FAILED)
+
+
+@cli.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("image", type=click.Path(path_type=Path))
+@_options(
+    click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="PNG",
+                 help="Picture to write."),
+    click.option("--layers", default="all", show_default=True, metavar="all|final|0,4,11", help=(
+        "What to draw: all block calls that remove tokens, the last one, or those named."
+    )),
+    click.option("--backend", metavar="NAME",
+                 help="onnxruntime or openvino; the first that is installed if left out."),
+    click.option("--device", default="CPU", show_default=True, help="Device of the runtime."),
+    click.option("--precision", metavar="f32|bf16|f16",
+                 help="What to compute in; the runtime's default if left out."),
+    _kernels,
+    click.option("--force", is_flag=True, help="Replace an existing picture."),
+    _json,
+    _debug,
+)  # fmt: skip
+def show(artifact: Path, image: Path, output: Path, as_json: bool, **options: Any) -> None:
+    """Draw over IMAGE which patches ARTIFACT merges and drops, block by block."""
+    from tomexport.calib import show as showing
+
+    with _progress() as progress:
+        shown = showing.show(artifact, image, output, progress=progress, **options)
+    _show(shown.to_dict(), as_json, lambda tables: tables.shown_table(shown))
+
+
+@cli.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@_options(
+    click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="HTML",
+                 help="Page to write."),
+    click.option("--images", type=click.Path(path_type=Path), metavar="DIR", help=(
+        "Show merging on four of these images; on drawn ones if left out."
+    )),
+    click.option("--profile", type=click.Path(path_type=Path), metavar="FILE",
+                 help="What profile --json wrote; timed here and now if left out."),
+    click.option("--front", type=click.Path(path_type=Path), metavar="FILE",
+                 help="The front that search wrote, to choose from."),
+    click.option("--evaluation", type=click.Path(path_type=Path), metavar="FILE",
+                 help="What evaluate --json wrote."),
+    click.option("--seconds", default=3.0, show_default=True, metavar="T",
+                 help="Time each runtime and precision for so long, without --profile."),
+    click.option("--threads", type=int, metavar="N",
+                 help="CPU threads to time with, without --profile; all if left out."),
+    click.option("--force", is_flag=True, help="Replace an existing page."),
+    _json,
+    _debug,
+)  # fmt: skip
+def report(artifact: Path, images: Path | None, as_json: bool, **options: Any) -> None:
+    """Write a page on ARTIFACT: plan, parity, latency, operators, merged patches, choices."""
+    from tomexport.calib.images import ImageSet
+    from tomexport.calib.report import report as reporting
+
+    found = ImageSet.find(images, limit=reporting.N_IMAGES) if images else None
+    with _progress() as progress:
+        written = reporting.report(artifact, images=found, progress=progress, **options)
+    _show(written.to_dict(), as_json, lambda tables: tables.report_summary(written))
+    if not written.passed:
         raise click.exceptions.Exit(EXIT_CHECK_FAILED)
 
 

@@ -13,6 +13,8 @@ from rich.text import Text
 from tomexport.calib.evaluate import Accuracy, EvaluateReport
 from tomexport.calib.fidelity import Estimate
 from tomexport.calib.search.search import SearchReport
+from tomexport.calib.report.report import Report
+from tomexport.calib.show import Shown
 from tomexport.kernels.cache import Library
 from tomexport.pipeline import ExportReport
 from tomexport.plan import Plan
@@ -222,6 +224,28 @@ def _share(found: Estimate, sign: str = "") -> str:
 
 def _figure(found: Estimate | None) -> str:
     return f"{found.value:.4f} ({found.low:.4f}–{found.high:.4f})" if found else "–"
+
+
+def shown_table(shown: Shown) -> RenderableType:
+    """Show what became of the patches in each layer that was drawn."""
+    gone = "waiting" if shown.frames[0].waiting else "dropped"
+    table = _table(
+        "block", "layer", "tokens", "patches", "merged", gone,
+        title=f"{shown.artifact} on {shown.image}, {shown.backend} {shown.precision}",
+    )  # fmt: skip
+    for frame in shown.frames:
+        counts = (frame.layer, frame.tokens, frame.groups.size, frame.merged, frame.gone)
+        table.add_row(frame.block, *map(str, counts))
+    return Group(table, Text(f"saved: {shown.picture} ({_kib(shown.size)})"))
+
+
+def report_summary(report: Report) -> RenderableType:
+    """Show where a page was put, and whether its file is right."""
+    verdict = "computes" if report.passed else "does NOT compute"
+    return Group(
+        Text(f"{report.artifact} {verdict} what PyTorch computes ({report.verify.images})"),
+        Text(f"saved: {report.path} ({_kib(report.size)})"),
+    )
 
 
 def export_summary(report: ExportReport) -> RenderableType:

@@ -138,7 +138,7 @@ def frames(plan: Plan, targets: Sequence[Array], size: tuple[int, int]) -> Itera
     """
     assert len(targets) == plan.n_reductions
     maps = iter(targets)
-    waiting = _waits(plan)
+    waiting = waits(plan)
     slot = np.arange(0)
     for index, step in enumerate(plan.steps):
         if index == 0 or plan.steps[index - 1].restored:
@@ -155,8 +155,8 @@ def frames(plan: Plan, targets: Sequence[Array], size: tuple[int, int]) -> Itera
         )
 
 
-def _waits(plan: Plan) -> bool:
-    """Tell whether tokens come back inside a stage, or at the end."""
+def waits(plan: Plan) -> bool:
+    """Tell whether tokens that are removed wait: they come back inside a stage, or at the end."""
     ends = zip(plan.steps, (*plan.steps[1:], None), strict=True)
     return any(step.restored and (not n or n.stage == step.stage) for step, n in ends)
 

@@ -1,0 +1,1 @@
+"""All that is known of a file, on one page."""
