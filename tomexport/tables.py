@@ -12,8 +12,8 @@ from rich.text import Text
 
 from tomexport.calib.evaluate import Accuracy, EvaluateReport
 from tomexport.calib.fidelity import Estimate
-from tomexport.calib.search.search import SearchReport
 from tomexport.calib.report.report import Report
+from tomexport.calib.search.search import SearchReport
 from tomexport.calib.show import Shown
 from tomexport.kernels.cache import Library
 from tomexport.pipeline import ExportReport
