@@ -60,6 +60,8 @@ class Metadata:
         permutation_seed: what the orders were drawn from in which a model's attention takes its
             tokens: for n tokens, torch.randperm(n) after manual_seed. None where it does not
             reorder.
+        quantization: how the file became int8: the tool and its version, its settings, the images
+            it was calibrated on, how many nodes stayed float. None where it did not.
     """
 
     plan: Plan
@@ -77,6 +79,7 @@ class Metadata:
     versions: dict[str, str]
     opset: int
     permutation_seed: int | None = None
+    quantization: dict[str, Any] | None = None
 
     def to_json(self) -> str:
         """Return the metadata as one JSON document."""

@@ -164,6 +164,7 @@ def cli() -> None:
     tomexport search MODEL --images DIR …   the fastest file that loses little enough
     tomexport show FILE IMAGE -o PNG        which patches it merges
     tomexport report FILE -o HTML           all of this on one page
+    tomexport quantize FILE -o OUT          int8, and what that loses and gains
     tomexport kernels build|list|clean      the fused kernels of this machine
     tomexport doctor                        what this machine has
 
@@ -578,6 +579,48 @@ def report(artifact: Path, images: Path | None, as_json: bool, **options: Any) -
         written = reporting.report(artifact, images=found, progress=progress, **options)
     _show(written.to_dict(), as_json, lambda tables: tables.report_summary(written))
     if not written.passed:
+        raise click.exceptions.Exit(EXIT_CHECK_FAILED)
+
+
+@cli.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@_options(
+    click.option(
+        "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT",
+        help="File to write: .xml by NNCF for OpenVINO, .onnx by ONNX Runtime.",
+    ),
+    *_image_set[:2],
+    click.option("--limit", default=300, show_default=True, metavar="N", help=(
+        "Calibrate on so many images; up to 500 others judge the file."
+    )),
+    click.option("--seed", default=0, show_default=True, metavar="N", help="Seed of that draw."),
+    click.option("--min-agreement", type=float, metavar="SHARE", help=(
+        "Exit with 1, and write nothing, if fewer images keep their first class."
+    )),
+    click.option("--no-timing", is_flag=True, help="Do not time both files."),
+    click.option("--with-baselines", is_flag=True,
+                 help="Quantize STEM.none and STEM.bound, beside the file, alike."),
+    click.option("--force", is_flag=True, help="Replace an existing file."),
+    _json,
+    _debug,
+)  # fmt: skip
+def quantize(
+    artifact: Path, output: Path, images: Path, labels: str | None, no_timing: bool,
+    as_json: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Write ARTIFACT in int8, and measure what that loses and gains.
+
+    What chooses tokens stays float32, and fused kernels run as before.
+    """
+    from tomexport.calib.images import ImageSet
+    from tomexport.calib.quantize import quantize as make
+
+    with _progress() as progress:
+        found = ImageSet.find(images, None, 0, labels)
+        report = make(artifact, found, output, timed=not no_timing, progress=progress, **options)
+    _notes(report.notes)
+    _show(report.to_dict(), as_json, lambda tables: tables.quantize_table(report))
+    if not report.passed:
         raise click.exceptions.Exit(EXIT_CHECK_FAILED)
 
 

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from tomexport.calib.evaluate import Accuracy, EvaluateReport
 from tomexport.calib.fidelity import Estimate
+from tomexport.calib.quantize import QuantizeReport
 from tomexport.calib.report.report import Report
 from tomexport.calib.search.search import SearchReport
 from tomexport.calib.show import Shown
@@ -246,6 +247,36 @@ def report_summary(report: Report) -> RenderableType:
         Text(f"{report.artifact} {verdict} what PyTorch computes ({report.verify.images})"),
         Text(f"saved: {report.path} ({_kib(report.size)})"),
     )
+
+
+def quantize_table(report: QuantizeReport) -> RenderableType:
+    """Show an int8 file beside its source."""
+    table = _table("", "MiB", *(("top-1", "top-5") if report.before else ()), "ms", "precision",
+                   title=f"{report.path}, int8 by {report.tool}")  # fmt: skip
+    speed, after = report.speed, report.after
+    rows = (
+        (report.source, report.size_before, report.before,
+         speed and (speed.before_ms, speed.before_precision)),
+        (report.path, sum(report.files.values()), after.accuracy,
+         speed and (speed.after_ms, f"int8, {speed.after_precision}")),
+    )  # fmt: skip
+    for path, size, accuracy, timed in rows:
+        ms, precision = (f"{timed[0]:.2f}", timed[1]) if timed else ("–", "–")
+        cells = _accuracy(accuracy) if accuracy else ()
+        table.add_row(path, f"{size / 2**20:.1f}" if size else "–", *cells, ms, precision)
+    lines = [
+        f"calibrated on {report.n_calibrated} images, judged on {after.images} ({report.judged})",
+        f"nodes that stay float, because they choose tokens or merge them: {report.kept_float}",
+    ]
+    if like := after.likeness:
+        agreement = f"first class kept {_share(like.top1)}, " if like.top1 else ""
+        kl = f"KL {_figure(like.kl)}, " if like.kl else ""
+        lines.append(f"beside its float32 self: {agreement}{kl}cosine {_figure(like.cosine)}")
+    lines += [f"skipped: {each.why}" for each in report.skipped]
+    lines += [f"FAIL: {failure}; nothing was written" for failure in after.failures]
+    files = [pair for r in (report, *report.baselines) for pair in r.files.items()]
+    lines += [f"saved: {file} ({size / 2**20:.1f} MiB)" for file, size in files]
+    return Group(verify_table(report.verify), table, *map(Text, (*lines, report.verdict)))
 
 
 def export_summary(report: ExportReport) -> RenderableType:

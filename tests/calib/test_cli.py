@@ -71,3 +71,20 @@ def test_evaluate_refuses_in_one_line(run, merged, tmp_path):
     assert (code, out) == (2, "")
     assert err.startswith("error: There is no folder")
     assert err.count("\n") == 1
+
+
+def test_quantize(run, merged, digits, tmp_path):
+    path = tmp_path / "int8.onnx"
+    options = ("--images", digits.held_out, "--limit", 16, "--no-timing")
+    code, out, err = run("quantize", merged, "-o", path, *options)
+    assert code == 0
+    assert err == "note: labels are those of held_out.npz\n"
+    assert f"{path}, int8 by onnxruntime" in out
+    assert "calibrated on 16 images, judged on 484 (484 of 500 in" in out
+    assert "beside its float32 self: first class kept" in out
+    assert f"saved: {path}" in out
+    again = run("quantize", merged, "-o", path, *options)
+    assert again[0] == 2
+    assert "exists already; --force replaces it" in again[2]
+    code, out, _ = run("quantize", merged, "-o", path, *options, "--force", "--json")
+    assert json.loads(out)["files"] == {str(path): path.stat().st_size}

@@ -7,7 +7,13 @@ import os
 import pytest
 
 from tomexport.runtime import machine as module
-from tomexport.runtime.machine import core_kinds, machine, usable_cpus
+from tomexport.runtime.machine import (
+    core_kinds,
+    int8_instructions,
+    machine,
+    needs_7_bits,
+    usable_cpus,
+)
 
 
 @pytest.fixture
@@ -65,3 +71,17 @@ def test_a_system_that_tells_nothing(system, monkeypatch):
     found = machine()
     assert found["cores"] == os.cpu_count()
     assert (found["core_kinds"], found["governor"], found["flags"]) == (None, None, [])
+
+
+def test_int8_instructions(system, monkeypatch):
+    _usable(monkeypatch, 0)
+    monkeypatch.setattr(module.platform, "machine", lambda: "x86_64")
+    system(proc__cpuinfo="flags : avx2 avx512f")
+    assert int8_instructions() == ()
+    assert needs_7_bits()
+    system(proc__cpuinfo="flags : avx2 avx_vnni")
+    assert int8_instructions() == ("avx_vnni",)
+    assert not needs_7_bits()
+    system(proc__cpuinfo="flags : avx2")
+    monkeypatch.setattr(module.platform, "machine", lambda: "aarch64")
+    assert not needs_7_bits()

@@ -161,7 +161,8 @@ def evaluate(
         reference = _pytorch(path, metadata, against, arch)
     elif peer := _baseline(path, metadata, chosen[0], baseline):
         reference = load(peer, chosen[0], default_precisions(chosen[0], device)[0])
-        reference = dataclasses.replace(reference, name=f"{peer.name}, {reference.name}")
+        int8 = ", int8" if read_artifact(chosen[0], peer)[0].quantization else ""
+        reference = dataclasses.replace(reference, name=f"{peer.name}{int8}, {reference.name}")
     judge.require_a_measure(path, reference)
     expected = compute(reference, images, metadata, progress) if reference else None
     runs: list[Evaluated] = []

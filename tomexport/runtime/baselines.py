@@ -60,8 +60,11 @@ def find(
         else:
             missing.append(f"no {_CALLED[name]}: there is no {peer.name} beside the file")
     if missing:
-        command = _export_command(path, metadata)
-        missing.append(f"export --with-baselines writes what is missing{command}")
+        if metadata.quantization:
+            missing.append("quantize --with-baselines writes what is missing")
+        else:
+            command = _export_command(path, metadata)
+            missing.append(f"export --with-baselines writes what is missing{command}")
     return found, missing
 
 
@@ -74,6 +77,7 @@ def _check(name: str, path: Path, ours: Metadata, peer: Path, theirs: Metadata) 
         "output": (theirs.output, ours.output),
         "storage as float16": (theirs.half, ours.half),
         "permutation seed": (theirs.permutation_seed, ours.permutation_seed),
+        "precision": (_precision(theirs), _precision(ours)),
     }
     if name == NONE:
         same["number of tokens removed"] = (sum(n_removed), 0)
@@ -87,6 +91,10 @@ def _check(name: str, path: Path, ours: Metadata, peer: Path, theirs: Metadata) 
                 f"{peer} cannot be the {_CALLED[name]} of {path}: its {what} is {found}, and "
                 f"{needed} is needed. Export both anew with --with-baselines."
             )
+
+
+def _precision(metadata: Metadata) -> str:
+    return "int8" if metadata.quantization else "float"
 
 
 def _export_command(path: Path, metadata: Metadata) -> str:

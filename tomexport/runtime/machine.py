@@ -31,6 +31,17 @@ def machine() -> dict[str, Any]:
     }
 
 
+def int8_instructions() -> tuple[str, ...]:
+    """Return the processor's instructions for sums of int8 products, if it is known to have any."""
+    known = ("amx_int8", "avx512_vnni", "avx_vnni", "i8mm", "asimddp", "sve")
+    return tuple(flag for flag in known if flag in machine()["flags"])
+
+
+def needs_7_bits() -> bool:
+    """Tell whether sums of int8 products saturate here: on x86 without instructions for them."""
+    return platform.machine().lower() in ("x86_64", "amd64") and not int8_instructions()
+
+
 def usable_cpus() -> list[int]:
     """Return the CPUs that this process may use: fast cores first, cores' second threads last."""
     usable = getattr(os, "sched_getaffinity", None)

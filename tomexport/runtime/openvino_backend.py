@@ -177,9 +177,20 @@ class OpenVino:
         Raises: ExportError if the files could not be written whole, BuildError or BackendError if
             there are no kernels.
         """
+        self.write(self.read(onnx_path), xml_path, half=half, text=text)
+
+    def read(self, path: Path) -> Any:
+        """Read a file as an openvino.Model, nodes of our own as they are.
+
+        Raises: BackendError if it cannot be read, BuildError or BackendError if it has nodes of
+            our own and there are no kernels, which IR and .onnx need alike here.
+        """
+        kernels = self.library() if fused.has_own_nodes(path) else None
+        return self._read(self._core(kernels), path, kernels)
+
+    def write(self, model: Any, xml_path: Path, *, half: bool, text: dict[str, str]) -> None:
+        """Write a model as IR with our entries in its rt_info; see `save_ir`."""
         ov = need(self.module, self.extra)
-        kernels = self.library() if fused.has_own_nodes(onnx_path) else None
-        model = self._read(self._core(kernels), onnx_path, kernels)
         for key, value in text.items():
             model.set_rt_info(value, [DOMAIN, key])
         try:

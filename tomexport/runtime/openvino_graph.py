@@ -29,10 +29,8 @@ def prepare(model: Any, library: Path, *, bfloat16: bool) -> None:
         library: the fused kernels.
         bfloat16: whether it will be computed in bfloat16.
     """
-    passes = need("openvino.passes", "openvino")
-    manager = passes.Manager()
-    manager.register_pass(passes.ConstantFolding())
-    manager.run_passes(model)
+    if not any(node.get_type_name() == "FakeQuantize" for node in model.get_ops()):
+        fold(model)  # int8 weights would become float32; such a file was folded before
     factory = need("openvino.utils.node_factory", "openvino").NodeFactory()
     factory.add_extension(str(library))
     for node in model.get_ordered_ops():
@@ -43,6 +41,14 @@ def prepare(model: Any, library: Path, *, bfloat16: bool) -> None:
             if _is_ours(node):
                 _compute_in_bfloat16(node)
     model.validate_nodes_and_infer_types()
+
+
+def fold(model: Any) -> None:
+    """Compute in place what constants alone decide."""
+    passes = need("openvino.passes", "openvino")
+    manager = passes.Manager()
+    manager.register_pass(passes.ConstantFolding())
+    manager.run_passes(model)
 
 
 def _is_ours(node: Any) -> bool:

@@ -176,11 +176,12 @@ def verify(
             )  # fmt: skip
             if form == fused.AUTO and len(forms) > 1 and not runner.kernels:
                 continue  # there are none: standard operators come next
-            gated = runner.precision == "f32"
-            if wanted is None and gated:
+            is_f32 = runner.precision == "f32"
+            gated = is_f32 and metadata.quantization is None
+            if wanted is None and is_f32:
                 continue  # the default is float32, which was compared already
             batches = list(_batches(runner, len(golden.images)))
-            for batch in batches if gated else batches[-1:]:
+            for batch in batches if is_f32 else batches[-1:]:
                 progress(f"{chosen.name} {device} {runner.precision}, batch {batch}")
                 runs.append(_compare(runner, golden, metadata, batch, gate, gated))
     return VerifyReport(str(path), images, tuple(runs), _fidelity(golden, metadata.output))
