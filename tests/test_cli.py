@@ -197,7 +197,11 @@ BAD_FILES = {
         ["evil.bin"],
     ),
     "another model": ("resnet.pth", _save("resnet.pth", _of("test_resnet")), ["resnet.pth"]),
-    "another transformer": ("v.pth", _save("v.pth", _of("test_vit_relpos")), ["rel_pos"]),
+    "another transformer": (
+        "v.pth",
+        _save("v.pth", _of("xcit_nano_12_p16_224")),
+        ["v.pth (12 blocks) fits no supported timm name"],
+    ),
     "missing key": (
         "less.pth",
         _save("less.pth", _without("blocks.2.attn.proj.bias")),

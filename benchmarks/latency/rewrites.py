@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import tomexport
 from tomexport.exporter import to_onnx
-from tomexport.exporter.families import vit
+from tomexport.exporter.families import transformer
 from tomexport.exporter.rewrite import ReducedModel
 from tomexport.pipeline import DEFAULT_OPSET
 
@@ -30,7 +30,7 @@ def _family(reduced: ReducedModel, **parts: Any) -> None:
 def _qkv(reduced: ReducedModel) -> Iterator[None]:
     """Cut q, k and v out of one tensor of five axes, a Slice for each, as timm does."""
     del reduced
-    new_form = vit._project
+    new_form = transformer.project
 
     def project(attn: Any, h: Tensor, n_out: int | None) -> tuple[Tensor, Tensor, Tensor]:
         if n_out is not None:  # the last block is another rewrite
@@ -40,7 +40,7 @@ def _qkv(reduced: ReducedModel) -> Iterator[None]:
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v
 
-    with mock.patch.object(vit, "_project", project):
+    with mock.patch.object(transformer, "project", project):
         yield
 
 

@@ -8,6 +8,7 @@ last stage too, where the package weighs by size instead.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -37,8 +38,13 @@ def forward(
     *,
     seed: int = 0,
     prop_attn: bool = True,
+    groups_of: Callable[[int, Tensor, int], list[list[int]]] | None = None,
 ) -> Result:
-    """Run one image (3, H, W); removals are the tokens that go at each of the 20 calls."""
+    """Run one image (3, H, W); removals are the tokens that go at each of the 20 calls.
+
+    Which tokens become one say `groups_of`: (call, keys (N, D), how many go) → groups, which ToMe
+    makes unless others are given.
+    """
     w = {name: tensor.double() for name, tensor in state.items()}
     removals = list(removals or [0] * sum(CALLS))
     result = Result(torch.empty(0))
@@ -66,7 +72,9 @@ def forward(
             tokens = tokens + w[f"{shared}coefficient2.bias"] * out
             if r:
                 merged = True
-                tokens, sizes, target = _merge(tokens, sizes, keys, r)
+                index = sum(CALLS[:stage]) + call
+                groups = groups_of(index, keys, r) if groups_of else _by_parity(keys, r)
+                tokens, sizes, target = _merge(tokens, sizes, groups)
                 owner = [target[slot] for slot in owner]
                 result.targets.append(target)
                 result.first_patches.append([owner.index(slot) for slot in range(len(tokens))])
@@ -140,10 +148,8 @@ def _attention(
     return projected, back_keys
 
 
-def _merge(
-    tokens: Tensor, sizes: list[float], keys: Tensor, r: int
-) -> tuple[Tensor, list[float], list[int]]:
-    n = len(tokens)
+def _by_parity(keys: Tensor, r: int) -> list[list[int]]:
+    n = len(keys)
     unit = keys / keys.square().sum(1, keepdim=True).sqrt()
     a, b = list(range(0, n, 2)), list(range(1, n, 2))
     rows = (unit[a] @ unit[b].T).tolist()
@@ -153,11 +159,17 @@ def _merge(
     groups = {t: [t] for t in range(n) if t not in set(sources)}
     for i in sources:
         groups[partner[i]].append(i)
-    ordered = sorted(groups.values(), key=min)
+    return list(groups.values())
+
+
+def _merge(
+    tokens: Tensor, sizes: list[float], groups: list[list[int]]
+) -> tuple[Tensor, list[float], list[int]]:
+    ordered = sorted(groups, key=min)
     weights = [sum(sizes[t] for t in group) for group in ordered]
     means = [
         sum(tokens[t] * sizes[t] for t in group) / weight
         for group, weight in zip(ordered, weights, strict=True)
     ]
     slot = {t: place for place, group in enumerate(ordered) for t in group}
-    return torch.stack(means), weights, [slot[t] for t in range(n)]
+    return torch.stack(means), weights, [slot[t] for t in range(len(tokens))]

@@ -137,10 +137,6 @@ def test_blocks_that_repeat_are_called_as_often_as_listed(natural_images, seeded
 @pytest.mark.parametrize(
     ("name", "options", "reason"),
     [
-        ("vit_base_patch16_rpn_224", {"depth": 1}, "ResPostBlock"),
-        ("vit_base_patch16_xp_224", {"depth": 1}, "ParallelScalingBlock"),
-        ("vit_small_patch16_18x2_224", {"depth": 1}, "ParallelThingsBlock"),
-        ("vit_dwee_patch16_reg1_gap_256", {"depth": 1}, "DiffAttention"),
         ("test_vit", {"global_pool": "avgmax"}, "avgmax"),
         ("test_vit", {"global_pool": ""}, "pooling is ''"),
         ("test_vit", {"patch_drop_rate": 0.5}, "patch_drop_rate"),

@@ -29,7 +29,7 @@ def forward(
         x = x + block.ls1(out)
         r = min(r, (len(x) - model.num_prefix_tokens) // 2)
         if r > 0:
-            x, sizes, groups = _merge(x, sizes or [1.0] * len(x), keys, r, model.num_prefix_tokens)
+            x, sizes, groups = merge(x, sizes or [1.0] * len(x), keys, r, model.num_prefix_tokens)
             members = [[each for i in group for each in members[i]] for group in groups]
         x = x + block.ls2(block.mlp(block.norm2(x)))
     x = model.norm(x)
@@ -58,9 +58,10 @@ def _attention(block: Any, x: Tensor, sizes: list[float] | None) -> tuple[Tensor
     return attn.proj(attn.norm(torch.cat(heads, 1))), qkv[:, 1].mean(1)
 
 
-def _merge(
+def merge(
     x: Tensor, sizes: list[float], keys: Tensor, r: int, n_prefix: int
 ) -> tuple[Tensor, list[float], list[list[int]]]:
+    """Return tokens, sizes, and the old positions of what each is of, the one that stays first."""
     n = len(x)
     unit = [key / key.square().sum().sqrt() for key in keys]
     a = [i for i in range(n_prefix, n) if i % 2 == 0]

@@ -20,7 +20,13 @@ from tomexport.errors import CheckpointError, RewriteError, TomexportError
 from tomexport.exporter.checkpoint import Checkpoint
 from tomexport.exporter.layouts import LAYOUTS
 from tomexport.exporter.layouts.layout import Layout, Options
-from tomexport.exporter.zoo import check_name, preprocessing, skeleton, supported_names
+from tomexport.exporter.zoo import (
+    check_name,
+    fill_buffers,
+    preprocessing,
+    skeleton,
+    supported_names,
+)
 
 # module types that do nothing in evaluation, so that their presence makes no difference
 _INERT = ("Dropout", "DropPath", "Identity", "PatchDropout")
@@ -91,6 +97,7 @@ def build(checkpoint: Checkpoint, arch: str | None = None) -> Built:
         notes.append(_fitting_note(names))
     _require_floats(state, model, checkpoint.source)
     model.load_state_dict(state, assign=True)
+    fill_buffers(model)
     shared = {str(preprocessing(name)) for name in names}
     known = preprocessing(names[0]) if len(shared) == 1 else None
     if layout.preprocessing and checkpoint.preprocessor:
@@ -280,7 +287,7 @@ def _infer(
     fits = dict(sorted(fits.items(), key=lambda item: len(item[1][0])))
     functions: dict[Any, list[str]] = {}
     for name, (_, model) in fits.items():
-        functions.setdefault(_function_of(model), []).append(name)
+        functions.setdefault(function_of(model), []).append(name)
     if len(functions) > 1:
         groups = "; ".join(" = ".join(names) for names in functions.values())
         raise CheckpointError(
@@ -298,8 +305,8 @@ def _as_named(
     by_name = {
         name: (options, model)
         for name, (options, model) in fits.items()
-        if _function_of(skeleton(name, **{k: v for k, v in options.items() if k not in said}))
-        == _function_of(model)
+        if function_of(skeleton(name, **{k: v for k, v in options.items() if k not in said}))
+        == function_of(model)
     }
     return by_name or fits
 
@@ -324,7 +331,7 @@ def _refuse_unknown(
     )
 
 
-def _function_of(model: nn.Module) -> tuple[Any, ...]:
+def function_of(model: nn.Module) -> tuple[Any, ...]:
     """Return all that decides what a model computes, apart from its weights."""
     return tuple(
         (name, type(module).__qualname__, _settings(module))

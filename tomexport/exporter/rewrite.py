@@ -260,7 +260,8 @@ def _places(left: Reduced, place: Tensor | None, step: Step) -> Tensor:
         priority = torch.arange(n, 0, -1)
         if left.leads is not None:
             priority = priority + n * left.leads
-        inside = left.target[:, None, :] == torch.arange(n_left)[:, None]  # (B, M, N)
+        slots = torch.arange(n_left, dtype=torch.int32)[:, None]
+        inside = left.target.int()[:, None, :] == slots  # (B, M, N); int32 as in `_restored`
         leader = (inside * priority.expand(left.target.shape)[:, None, :]).argmax(dim=2)
     return leader if place is None else place.gather(1, leader)
 

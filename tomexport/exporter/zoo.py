@@ -23,6 +23,10 @@ _TORCHVISION_SCHEMAS = (
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
 _kept_alive: list[Any] = []
+# modules whose models can be told to; the others would take it for an unknown argument
+_SKIP_INITIALISATION = (
+    "vision_transformer", "deit", "vision_transformer_hybrid", "vision_transformer_relpos",
+)  # fmt: skip
 
 
 @lru_cache(maxsize=1)
@@ -92,7 +96,7 @@ def check_name(name: str) -> str:
 def _not_reduced(architecture: str) -> str:
     from tomexport.exporter.families import FAMILIES
 
-    module = timm().model_entrypoint(architecture).__module__.rsplit(".", 1)[-1]
+    module = module_of(architecture)
     modules = ", ".join(module for family in FAMILIES for module in family.modules)
     return (
         f"{architecture} is of timm's module {module!r}, which tomexport does not reduce: no "
@@ -103,9 +107,45 @@ def _not_reduced(architecture: str) -> str:
 
 def skeleton(architecture: str, **options: Any) -> nn.Module:
     """Build an architecture without memory for its weights (on the meta device)."""
+    if module_of(architecture) in _SKIP_INITIALISATION:
+        options["weight_init"] = "skip"
     with torch.device("meta"):
-        model: nn.Module = timm().create_model(architecture, weight_init="skip", **options)
+        model: nn.Module = timm().create_model(architecture, **options)
     return model.eval()
+
+
+def module_of(architecture: str) -> str:
+    """Return the module that timm's registry has a name from."""
+    return str(timm().model_entrypoint(architecture).__module__.rsplit(".", 1)[-1])
+
+
+def blocks_only(architecture: str, depth: int) -> dict[str, Any]:
+    """Return the options that build an architecture with fewer blocks."""
+    options: dict[str, Any] = {"depth": depth}
+    if architecture.endswith("_sapiens2"):  # lists them by block; 0 is one for each head
+        options["num_kv_heads"] = 0
+    return options
+
+
+def fill_buffers(model: nn.Module) -> None:
+    """Compute the buffers that no checkpoint holds, in a skeleton that got its weights.
+
+    Raises: RewriteError if a module does not say how its buffers are computed.
+    """
+    module: Any
+    for module in model.modules():
+        buffers = module.named_buffers(recurse=False)
+        absent = {name: tensor for name, tensor in buffers if tensor.is_meta}
+        for name, tensor in absent.items():
+            module._buffers[name] = torch.empty_like(tensor, device="cpu")
+        if absent and not hasattr(module, "init_non_persistent_buffers"):
+            raise RewriteError(
+                f"{type(module).__name__} has buffers that its checkpoint lacks "
+                f"({', '.join(absent)}), and does not say how they are computed. Build the model "
+                "in Python and pass it."
+            )
+        if absent:
+            module.init_non_persistent_buffers()
 
 
 def pretrained(name: str) -> nn.Module:

@@ -47,7 +47,7 @@ def _rule(layers, r, n_prefix=1):
     def rule(block: Block):
         removed = min(r, (len(block.x) - n_prefix) // 2)
         embedded = layers[block.index](block.h)
-        x, sizes = tome_by_hand._merge(block.x, block.sizes.tolist(), embedded, removed, n_prefix)
+        x, sizes, _ = tome_by_hand.merge(block.x, block.sizes.tolist(), embedded, removed, n_prefix)
         return x, torch.tensor(sizes)
 
     return rule

@@ -17,26 +17,29 @@ NAME = "deit_tiny_patch16_224"
 TOLERANCE = 1e-5
 
 
+def groups(keys, r, index, n_blocks):
+    """Return the tokens that become one, in the order of the slots; keys (T, D)."""
+    margin = 0.75 - 0.75 * index / n_blocks
+    keys = keys / keys.norm(dim=1, keepdim=True)
+    cosines = (keys @ keys.T).tolist()
+    excess = [[c - margin for c in row] for row in cosines]
+    energy = [sum(e if e > 0 else math.exp(e) - 1 for e in row) / len(row) for row in excess]
+    order = sorted(range(len(keys)), key=lambda i: (-energy[i], i))
+    late = index >= math.ceil(n_blocks / 2)
+    mergeable, others = (order[: 2 * r], order[2 * r :]) if late else (order, [])
+    a, b = mergeable[0::2], mergeable[1::2]
+    best = {i: max(b, key=lambda j: (cosines[i][j], -b.index(j))) for i in a}
+    ranked = sorted(a, key=lambda i: (-cosines[i][best[i]], a.index(i)))
+    sources, kept = ranked[:r], ranked[r:]
+    return [[i, *(s for s in sources if best[s] == i)] for i in [*others, *kept, *b]]
+
+
 def _rule(n_blocks, removed):
     def rule(block: Block):
-        r = removed[block.index]
-        margin = 0.75 - 0.75 * block.index / n_blocks
-        keys = block.k.mean(0)[1:]
-        keys = keys / keys.norm(dim=1, keepdim=True)
-        cosines = (keys @ keys.T).tolist()
-        excess = [[c - margin for c in row] for row in cosines]
-        energy = [sum(e if e > 0 else math.exp(e) - 1 for e in row) / len(row) for row in excess]
-        order = sorted(range(len(keys)), key=lambda i: (-energy[i], i))
-        late = block.index >= math.ceil(n_blocks / 2)
-        mergeable, others = (order[: 2 * r], order[2 * r :]) if late else (order, [])
-        a, b = mergeable[0::2], mergeable[1::2]
-        best = {i: max(b, key=lambda j: (cosines[i][j], -b.index(j))) for i in a}
-        ranked = sorted(a, key=lambda i: (-cosines[i][best[i]], a.index(i)))
-        sources, kept = ranked[:r], ranked[r:]
-        groups = [[i, *(s for s in sources if best[s] == i)] for i in [*others, *kept, *b]]
+        found = groups(block.k.mean(0)[1:], removed[block.index], block.index, n_blocks)
         x, sizes = block.x[1:], block.sizes[1:]
-        rows = [(x[g] * sizes[g][:, None]).sum(0) / sizes[g].sum() for g in groups]
-        left = torch.stack([block.sizes[0], *(sizes[g].sum() for g in groups)])
+        rows = [(x[g] * sizes[g][:, None]).sum(0) / sizes[g].sum() for g in found]
+        left = torch.stack([block.sizes[0], *(sizes[g].sum() for g in found)])
         return torch.stack([block.x[0], *rows]), left
 
     return rule

@@ -5,13 +5,18 @@ from __future__ import annotations
 from torch import nn
 
 from tomexport.errors import RewriteError
+from tomexport.exporter.families.beit import BEIT
+from tomexport.exporter.families.eva import EVA
 from tomexport.exporter.families.family import Family
 from tomexport.exporter.families.lvvit import LVVIT
+from tomexport.exporter.families.naflex import NAFLEX
+from tomexport.exporter.families.parallel import PARALLEL
+from tomexport.exporter.families.relpos import RELPOS
 from tomexport.exporter.families.signal import SIGNAL
 from tomexport.exporter.families.sret import SRET
 from tomexport.exporter.families.vit import VIT
 
-FAMILIES = (VIT, LVVIT, SRET, SIGNAL)
+FAMILIES = (PARALLEL, VIT, EVA, BEIT, RELPOS, NAFLEX, LVVIT, SRET, SIGNAL)
 
 
 def family_of(model: nn.Module) -> Family:

@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from tomexport.exporter.families.family import fuse_norms, linear_macs, norm_elements
-from tomexport.exporter.families.vit import VIT, sites_of
+from tomexport.exporter.families.transformer import sites_of
+from tomexport.exporter.families.vit import VIT
 from tomexport.exporter.models.lvvit import PATCH, LVViT
 from tomexport.plan import ModelCost
 

@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from tomexport.exporter.families.family import linear_macs, norm_elements
-from tomexport.exporter.families.vit import VIT, sites_of
+from tomexport.exporter.families.transformer import sites_of
+from tomexport.exporter.families.vit import VIT
 from tomexport.exporter.models.ast import AST
 from tomexport.exporter.models.videomae import VideoMAE
 from tomexport.plan import ModelCost

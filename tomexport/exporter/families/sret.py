@@ -142,7 +142,7 @@ def _downsample(model: Any, stage: int, x: Tensor) -> Tensor:
 
 
 def _calls(model: Any, steps: Sequence[Step]) -> Sequence[Call]:
-    calls: Sequence[Call] = model.calls([step.tokens_in for step in steps])
+    calls: Sequence[Call] = model.calls([step.attended for step in steps])
     return calls
 
 
