@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 Progress = Callable[[str], None]
 DEFAULT_METHOD = "tome"
 OUTPUT_KINDS = ("logits", "features", TOKENS)
+_GOLDEN = "golden set"
 MIN_OPSET, MAX_OPSET, DEFAULT_OPSET = 18, 23, 18
 
 
@@ -284,7 +285,7 @@ def export(
     progress("planning and rewriting")
     reduced = _reduce(found, wanted, method, prop_attn, output_kind)
     progress("tracing the graph")
-    from tomexport.exporter.golden import record
+    from tomexport.exporter.golden import beyond_budget, record
     from tomexport.exporter.to_onnx import to_onnx
 
     opset = opset or DEFAULT_OPSET
@@ -294,6 +295,7 @@ def export(
     progress("recording the golden set")
     golden = record(reduced, found.model, _golden_images(reduced))
     metadata = _metadata(found, reduced, batch, opset, ops, half, prop_attn, decisions)
+    shown, called = images(metadata) if images else (golden.images, _GOLDEN)
     with staging(output) as folder:
         staged = folder / output.name
         progress(f"writing {output.name}")
@@ -302,9 +304,8 @@ def export(
         proof = verify_file(staged, progress=progress) if verify else None
         if proof and proof.passed and images:
             progress("computing the images with PyTorch")
-            pixels, what = images(metadata)
-            own = record(reduced, found.model, pixels)
-            proof = verify_file(staged, golden=own, images=what, progress=progress)
+            own = record(reduced, found.model, shown)
+            proof = verify_file(staged, golden=own, images=called, progress=progress)
         if proof:
             proof = dataclasses.replace(proof, path=str(output))
         failed = proof is not None and not proof.passed
@@ -324,7 +325,7 @@ def export(
         )
         for name, (other_schedule, other_method) in baselines.items()
     )  # fmt: skip
-    notes = (*found.notes, *reduced.plan.notes)
+    notes = (*found.notes, *reduced.plan.notes, *beyond_budget(reduced, shown, called))
     return ExportReport(str(output), files, metadata, proof, notes, peers)
 
 

@@ -44,3 +44,31 @@ def record(reduced: ReducedModel, original: nn.Module, images: Array) -> Golden:
                 "Check its weights."
             )
     return golden
+
+
+def beyond_budget(reduced: ReducedModel, images: Array, called: str) -> tuple[str, ...]:
+    """Say how many images ask for more tokens than are kept, of a method that counts by image.
+
+    Args:
+        reduced: the model.
+        images: (B, channels, height, width) float32.
+        called: what the images are, in words.
+
+    Returns:
+        A note, or none for methods that keep as many of every image.
+    """
+    if not (reduced.counts_by_image and reduced.plan.n_reductions):
+        return ()
+    with torch.no_grad():
+        traces = [reduced.trace(torch.from_numpy(image[None]))[1] for image in images]
+    asked = np.array([[int(d.asked) for d in each if d.asked is not None] for each in traces])
+    steps = [step for step in reduced.plan.steps if step.removed][: asked.shape[1]]
+    n_beyond = int((asked > [step.tokens_out for step in steps]).any(axis=1).sum())
+    places = "; ".join(
+        f"{step.block} keeps {step.tokens_out}, they ask for {low} to {high}"
+        for step, low, high in zip(steps, asked.min(axis=0), asked.max(axis=0), strict=True)
+    )
+    return (
+        f"{n_beyond} of {len(images)} images ({called}) ask {reduced.plan.method} for more tokens "
+        f"than are kept: {places}",
+    )

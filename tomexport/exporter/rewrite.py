@@ -28,10 +28,13 @@ class Decision:
     Attributes:
         target: (B, N) slot of each token, −1 for none.
         margin: (B,) how far the nearest other decision was, in units of the method's score.
+        asked: (B,) how many tokens the paper's method would leave; None where all images ask for
+            as many.
     """
 
     target: Tensor
     margin: Tensor
+    asked: Tensor | None = None
 
 
 class ReducedModel(nn.Module):
@@ -93,6 +96,11 @@ class ReducedModel(nn.Module):
         if not self._tokens:
             return cast(Tensor, model(image))
         return self._family.features(model, image)[:, self.plan.n_prefix :]
+
+    @property
+    def counts_by_image(self) -> bool:
+        """Whether the paper's method would leave other numbers of tokens of other images."""
+        return self._method.asked is not None
 
     def folded(self) -> ReducedModel:
         """Return a copy that computes the same with fewer operations, for export."""
@@ -175,7 +183,8 @@ class ReducedModel(nn.Module):
         if self._family.places:
             state.place = _places(left, state.place, step)
         if decisions is not None and left.target is not None and left.margin is not None:
-            decisions.append(Decision(left.target, left.margin()))
+            asked = self._method.asked(view) if self._method.asked else None
+            decisions.append(Decision(left.target, left.margin(), asked))
         return left.x
 
 

@@ -27,5 +27,12 @@ def bound_of(method: Method) -> Method:
     """Return the free-merge bound of a method: the same counts at the same places."""
     name = f"bound:{method.name}"
     return dataclasses.replace(
-        method, name=name, needs=(), reduce=_slice, weights=None, fitted=None, remember=None
+        method,
+        name=name,
+        needs=(),
+        reduce=_slice,
+        weights=None,
+        fitted=None,
+        remember=None,
+        asked=None,
     )

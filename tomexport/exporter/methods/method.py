@@ -133,6 +133,8 @@ class Method:
         remember: (memory or None, signals of a block, where its tokens are) → the memory after that
             block, which `View.memory` shows to the next reduction. Where tokens are is the target
             map (B, N) of the last reduction, −1 for those that wait; None while all are there.
+        asked: (view) → (B,) tokens that the paper's method would leave of each image, where that
+            depends on the image; None where it does not.
     """
 
     name: str
@@ -150,6 +152,7 @@ class Method:
     ) = None
     fitted: Callable[[Mapping[str, Tensor]], Method] | None = None
     remember: Callable[[Tensor | None, Signals, Tensor | None], Tensor] | None = None
+    asked: Callable[[View], Tensor] | None = None
 
     def configured(self, chosen: Mapping[str, str]) -> Method:
         """Return the method with options; its name says those that are not the defaults.
