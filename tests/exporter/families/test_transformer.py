@@ -117,6 +117,16 @@ def test_nothing_removed_is_the_original(model, natural_images):
     assert (found - expected).abs().max() <= 2e-6 * expected.abs().max()
 
 
+@pytest.mark.parametrize("model", ["eva02", "beit", "relpos", "several", "naflex"], indirect=True)
+def test_tokens_of_nothing_removed_are_the_originals(model, natural_images):
+    image = _images(model, natural_images)[:1]
+    reduced = tomexport.reduce(model, "none", output_kind="tokens")
+    with torch.no_grad():
+        expected, found = reduced.original(model, image), reduced(image)
+    assert found.shape[1] == reduced.plan.steps[0].tokens_in - model.num_prefix_tokens
+    assert (found - expected).abs().max() <= 2e-6 * expected.abs().max()
+
+
 @pytest.mark.parametrize("model", ALL, indirect=True)
 def test_macs_are_those_that_run(model):
     """Counted by PyTorch's dispatcher, with merging for free, so that only the model is counted."""

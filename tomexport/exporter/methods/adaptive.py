@@ -5,7 +5,7 @@ from __future__ import annotations
 from tomexport.errors import RewriteError
 
 # name: (why it cannot be had, what to use instead)
-_REFUSED = {
+ADAPTIVE = {
     "a-vit": (
         "it halts each token where its own sum passes a threshold, and its code computes all of "
         "them under a mask, so with fixed counts it would save nothing",
@@ -28,8 +28,8 @@ def refuse_adaptive(name: str) -> None:
 
     Raises: RewriteError if its counts depend on the image.
     """
-    if name in _REFUSED:
-        reason, instead = _REFUSED[name]
+    if name in ADAPTIVE:
+        reason, instead = ADAPTIVE[name]
         raise RewriteError(
             f"{name} has no fixed counts: {reason}. Every token count of a file is known before "
             f"it runs; use {instead}."
