@@ -5,7 +5,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup demo test lint format clean
+# The recipe of the README on a small model that is trained here: under 15 minutes.
+.PHONY: setup demo study test lint format clean
 
 setup: $(STAMP)
 
@@ -18,6 +19,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/python benchmarks/demo.py
+
+study: $(STAMP)
+	$(BIN)/python -m benchmarks.study
 
 test: $(STAMP) lint
 	$(BIN)/python -m pytest -n logical --dist worksteal
@@ -32,4 +36,4 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv demo study .pytest_cache .mypy_cache .ruff_cache .hypothesis
