@@ -458,7 +458,7 @@ def learn(
                  help="How tokens are chosen, one or more.  [default: tome]"),
     click.option("--family", "families", multiple=True, metavar="none|const|linear|exp|keep|list",
                  help="Kinds of schedules, one or more; all if left out."),
-    click.option("--precision", "precisions", multiple=True, metavar="f32|bf16|f16",
+    click.option("--precision", "precisions", multiple=True, metavar="f32|bf16|int8",
                  help="One or more.  [default: f32]"),
     click.option("--trials", type=int, metavar="N", help=(
         "Stop when so many points are measured, those in the storage included.  [default: 40, or "

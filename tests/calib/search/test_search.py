@@ -175,3 +175,22 @@ def test_a_half_that_cannot_be_read(merged, tmp_path):
 def test_one_image_is_too_few(digits, images, tmp_path):
     with pytest.raises(ImageError, match="One image cannot be searched on and held out"):
         tomexport.search(digits.checkpoint, images.take([0]), tmp_path / "b.onnx", max_drop=0.1)
+
+
+def test_int8_needs_the_format_of_its_tool(digits, images, tmp_path):
+    with pytest.raises(BackendError, match=r"is written as \.xml, not '\.onnx'"):
+        tomexport.search(
+            digits.checkpoint, images, tmp_path / "b.onnx", max_drop=0.1, precisions=["int8"],
+            backend="openvino",
+        )  # fmt: skip
+
+
+def test_int8_is_a_precision_as_others(digits, images, by_macs, tmp_path):
+    report = tomexport.search(
+        digits.checkpoint, images, tmp_path / "best.onnx", max_drop=1, trials=1,
+        **SMALL | {"families": ["none"], "precisions": ["int8"]},
+    )  # fmt: skip
+    (point,) = report.points
+    assert point.precision == "int8"
+    assert 0 < point.divergence < 1
+    assert pipeline.describe(tmp_path / "best.onnx").quantization is not None

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tomexport.exporter.source import Source
 
 Progress = Callable[[str], None]
+INT8 = "int8"
 _LAUNCHES = 2  # two processes of one file can differ for as long as they live
 
 
@@ -108,8 +109,8 @@ class Meter:
     """Measures points of a model against its unmerged file, in one runtime of one machine."""
 
     def __init__(
-        self, found: Source, folder: Path, suffix: str, job: Job, *, seconds: float,
-        progress: Progress,
+        self, found: Source, folder: Path, suffix: str, job: Job, calibration: ImageSet, *,
+        seconds: float, progress: Progress,
     ) -> None:  # fmt: skip
         """Export the unmerged file.
 
@@ -118,10 +119,12 @@ class Meter:
             folder: for files that live as long as the search.
             suffix: ".onnx" or ".xml".
             job: how to run files; its path does not matter.
+            calibration: images that int8 is calibrated on.
             seconds: time each point for at least so long.
             progress: is told what is being done.
         """
         self._found, self._folder, self._suffix = found, folder, suffix
+        self._calibration = calibration
         self._seconds, self._progress = seconds, progress
         progress("exporting the unmerged model")
         path = folder / f"none{suffix}"
@@ -177,13 +180,24 @@ class Meter:
     def _file(self, point: Point, path: Path) -> Job:
         self._progress(f"exporting {point.schedule}")
         self._export(point, path, verify=False, force=True)
-        return replace(self._none, path=str(path), precision=point.precision)
+        precision = "f32" if point.precision == INT8 else point.precision
+        return replace(self._none, path=str(path), precision=precision)
 
     def _export(self, point: Point, path: Path, *, verify: bool, force: bool) -> None:
+        quantized = point.precision == INT8
+        # with our own nodes, which fused kernels serve in an int8 file of either runtime
+        file = self._folder / "float.onnx" if quantized else path
         pipeline.export(
-            self._found, point.schedule, path, method=point.method, verify=verify, force=force,
+            self._found, point.schedule, file, method=point.method, verify=verify,
+            force=force or quantized,
             progress=self._progress,
         )  # fmt: skip
+        if quantized:
+            from tomexport.calib.quantize import quantize
+
+            quantize(
+                file, self._calibration, path, timed=False, force=force, progress=self._progress
+            )
 
     def _time(self, job: Job) -> Interval:
         """Return the time over the unmerged file's, of several launches of both."""

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 from tomexport import pipeline, scratch
 from tomexport.calib.images import ImageSet
 from tomexport.calib.search.front import Limits, Measured, on_front
-from tomexport.calib.search.measure import Meter, Prepared, prepare
+from tomexport.calib.search.measure import INT8, Meter, Prepared, prepare
 from tomexport.calib.search.space import EVERY, Choices, Point, Space
 from tomexport.calib.search.study import Claimed, Identity, Study
 from tomexport.delivery import check_output
 from tomexport.errors import (
     ArtifactError,
+    BackendError,
     ImageError,
     PlanError,
     RewriteError,
@@ -30,7 +31,7 @@ from tomexport.errors import (
     plain,
 )
 from tomexport.plan import Plan, Schedule
-from tomexport.runtime.backend import Request, check_device
+from tomexport.runtime.backend import Backend, Request, check_device
 from tomexport.runtime.load import BACKENDS, readers
 from tomexport.runtime.machine import machine
 from tomexport.runtime.profile import cpus_for
@@ -145,7 +146,7 @@ def search(
         max_gmac: the most multiply-accumulates of an image, in 10⁹.
         methods: how tokens are chosen.
         families: kinds of schedules: none, const, linear, exp, keep, list.
-        precisions: "f32", "bf16", …
+        precisions: "f32", "bf16", "int8", …
         trials: stop when the storage holds so many points of this kind of machine; None is 40, or
             no limit with `minutes`.
         minutes: begin no trial after so long.
@@ -173,14 +174,14 @@ def search(
     cpus = cpus_for(threads)
     job = Job("", runtime.name, kernels=str(kernels), threads=len(cpus),
               cpus=cpus if CAN_PIN else ())  # fmt: skip
-    for precision in precisions:
-        check_device(runtime, Request("CPU", precision=precision))
+    _check_precisions(precisions, runtime, output.suffix)
     progress("finding the model")
     from tomexport.exporter.source import find
 
     found = find(model, arch=arch)
     with scratch.folder(Path(tempfile.gettempdir()) / "tomexport") as folder:
-        meter = Meter(found, folder, output.suffix, job, seconds=seconds, progress=progress)
+        even = images.take(range(0, len(images), 2))  # those that are searched on
+        meter = Meter(found, folder, output.suffix, job, even, seconds=seconds, progress=progress)
         progress("reading the images")
         prepared = prepare(images, meter.metadata, meter.unmerged)
         setting = _setting(job, runtime.version())
@@ -213,7 +214,7 @@ def search(
 
 def _notes(best: Measured | None, exhausted: bool) -> list[str]:
     notes = ["every point of the space was tried"] if exhausted else []
-    if best is not None and best.precision != "f32":
+    if best is not None and best.precision not in ("f32", INT8):
         notes.append(f"the file is float32; it was measured with --precision {best.precision}")
     return notes
 
@@ -237,6 +238,22 @@ def _check(
         raise PlanError(f"{seconds} seconds is no length of time; use 0 or more.")
     if n_images < 2:
         raise ImageError("One image cannot be searched on and held out as well; give two or more.")
+
+
+def _check_precisions(precisions: Sequence[str], runtime: Backend, suffix: str) -> None:
+    """Refuse a precision that the runtime has not, or that no tool writes for it."""
+    for precision in precisions:
+        if precision != INT8:
+            check_device(runtime, Request("CPU", precision=precision))
+            continue
+        from tomexport.calib.quantize import TOOLS
+
+        own = next(tool.suffix for tool in TOOLS if tool.backend == runtime.name)
+        if suffix != own:
+            raise BackendError(
+                f"int8 for {runtime.name} is written as {own}, not {suffix!r}; name the output so, "
+                "or take the other runtime."
+            )
 
 
 def _setting(job: Job, version: str) -> dict[str, Any]:
