@@ -152,7 +152,7 @@ def test_a_name_like_nothing_is_refused_without_a_guess():
         ("resnet50", "resnet50", "resnet"),
         ("resnet50.a1_in1k", "resnet50", "resnet"),
         ("convnext_tiny", "convnext_tiny", "convnext"),
-        ("beit_base_patch16_224", "beit_base_patch16_224", "beit"),
+        ("cait_xxs24_224", "cait_xxs24_224", "cait"),
     ],
 )
 @pytest.mark.parametrize("options", [{"with_weights": False}, {"random_weights": 0}, {}])

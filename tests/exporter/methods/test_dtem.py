@@ -164,4 +164,4 @@ def test_a_model_without_embedding_is_refused(seeded):
 def test_weights_that_two_methods_have_need_a_name(seeded):
     found = dataclasses.replace(find(seeded("test_vit")), methods=("one", "two"))
     with pytest.raises(RewriteError, match="holds weights that one and two have alike"):
-        pipeline._method(found, None)
+        pipeline.method_of(found, None)
