@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import math
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import onnx_ir as ir
@@ -21,6 +16,7 @@ from tomexport.errors import ExportError, pick, plain
 from tomexport.exporter.rewrite import ReducedModel
 from tomexport.kernels.operators import OPERATORS
 from tomexport.plan import Plan
+from tomexport.quiet import quiet
 
 INPUT_NAME = "image"
 _ANY_SIZE = 2**40
@@ -80,7 +76,7 @@ def _trace(model: ReducedModel, batch: int | None, opset: int) -> ir.Model:
     example = torch.zeros(n_example, *model.input_shape)
     dynamic = ({0: torch.export.Dim("batch")},) if batch is None else None
     try:
-        with _quiet(), torch.no_grad():
+        with quiet(), torch.no_grad():
             program = torch.onnx.export(
                 model,
                 (example,),
@@ -101,23 +97,10 @@ def _trace(model: ReducedModel, batch: int | None, opset: int) -> ir.Model:
     if program is None:
         raise ExportError(f"PyTorch {torch.__version__} returned no ONNX program for this model.")
     graph_model = program.model
-    with _quiet():
+    with quiet():
         fold_constants(graph_model, input_size_limit=_ANY_SIZE, output_size_limit=_ANY_SIZE)
     passes.ClearMetadataAndDocStringPass()(graph_model)
     return graph_model
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep PyTorch's progress, warnings and log lines off the user's screen."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
 
 
 def _attach_bodies(graph_model: ir.Model, opset: int) -> tuple[str, ...]:

@@ -6,11 +6,6 @@ al., 2023.
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import sys
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +15,7 @@ from tomexport.calib.choosing import Node, choosing
 from tomexport.calib.quantizers.calibration import Calibration
 from tomexport.errors import ExportError, need, plain
 from tomexport.pipeline import require_kernels
+from tomexport.quiet import quiet
 from tomexport.runtime import fused, openvino_graph
 from tomexport.runtime.openvino_backend import OpenVino
 
@@ -45,12 +41,12 @@ def quantize(
         require_kernels(staged)
     model = backend.read(source)
     openvino_graph.fold(model)
-    with _quiet():
+    with quiet():
         nncf = need("nncf", "quantize")
     scope = choosing(_nodes(model, calibration.metadata), _outputs(model))
     left = (*scope, *_attention(model))
     try:
-        with _quiet():
+        with quiet():
             quantized = nncf.quantize(
                 model,
                 nncf.Dataset(range(len(calibration)), calibration.__getitem__),
@@ -114,17 +110,3 @@ def _is_tokens(value: Any) -> bool:
 
 def _outputs(model: Any) -> list[str]:
     return [result.get_friendly_name() for result in model.get_results()]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep NNCF's progress bars, warnings and log lines off the user's screen."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
-        sys.stdout.flush()
