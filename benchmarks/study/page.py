@@ -94,7 +94,8 @@ def _against_const(points: list[dict[str, Any]]) -> str:
     ]  # fmt: skip
     if not pairs:
         return "No point of it is faster than a constant schedule that loses as little."
-    gain, const, other = max(pairs, key=lambda pair: pair[0])
+    # of the fastest constant schedule that is beaten, what beats it by most
+    gain, const, other = max(pairs, key=lambda pair: (-pair[1]["ratio"]["value"], pair[0]))
     return (
         f"`{other['schedule']}` is {gain:.2f}× as fast as `{const['schedule']}`, "
         "and loses no more on either half."
