@@ -110,7 +110,7 @@ def measure(
     for index, group in enumerate(todo):
         _say(f"[{index + 1}/{len(todo)}] {clock.left(todo[index:])}: {group.title}")
         start = time.monotonic()
-        record = measure_group(group, options.work, options.threads, options.seconds, _progress)
+        record = measure_group(group, options.work, options.threads, options.seconds, progress)
         results.groups.append(record | more(group))
         results.save(options.out)
         clock.took(group, time.monotonic() - start)
@@ -145,11 +145,11 @@ class _Clock:
 
 
 def _say(line: str) -> None:
-    _progress("")
+    progress("")
     print(line, flush=True)
 
 
-def _progress(message: str) -> None:
+def progress(message: str) -> None:
     """Show what is being done, on a terminal only, in a line that the next one replaces."""
     if sys.stderr.isatty():
         print(f"\r\033[K{message}", end="", file=sys.stderr, flush=True)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tomexport import scratch
-from tomexport.calib.search.search import SearchReport
-from tomexport.delivery import check_file
-from tomexport.errors import ExportError, need
+from tomexport.delivery import check_file, publish, staging
+from tomexport.errors import need
 from tomexport.runtime.baselines import BOUND, FUSED, NONE, PORTABLE
 from tomexport.runtime.profile import ProfileReport, Run, Variant, percent, times
+
+if TYPE_CHECKING:
+    from tomexport.calib.search.search import SearchReport
 
 _COLOURS = {FUSED: "#1f6f8b", PORTABLE: "#7fb3c8", NONE: "#8a8a8a", BOUND: "#d9d9d9"}
 
@@ -43,14 +44,9 @@ def draw(report: ProfileReport, path: Path) -> None:
 
 
 def _save(figure: Any, path: Path) -> None:
-    try:
-        with scratch.folder(path) as folder:
-            figure.savefig(folder / path.name, dpi=150)
-            (folder / path.name).replace(path)
-    except OSError as err:
-        raise ExportError(
-            f"The chart {path} could not be written: {err.strerror or err}. Nothing was kept."
-        ) from err
+    with staging(path) as folder:
+        figure.savefig(folder / path.name, dpi=150)
+        publish(folder, path, force=True)
 
 
 _FAMILY_COLOURS = {

@@ -20,17 +20,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 
 import tomexport
+from benchmarks.command import progress
+from benchmarks.demo import heading
 from benchmarks.study import digits
 from benchmarks.study.page import CALIBRATED, RESULTS, RUNTIMES, page, publish
-from benchmarks.study.schedules import equal
+from benchmarks.study.schedules import CONSTANTS, equal
 from tomexport.calib.evaluate import evaluate
 from tomexport.calib.images import ImageSet
 from tomexport.calib.learn.learn import learn
 from tomexport.calib.learn.train import Course
 from tomexport.calib.quantize import quantize
+from tomexport.calib.report.report import report as write_page
 from tomexport.runtime.machine import machine, usable_cpus
 from tomexport.runtime.timing import CAN_PIN, Interval, Job, medians, take_turns, worker
 
@@ -41,8 +43,6 @@ _MINUTES = 2.5  # of search
 _EPOCHS = 4  # of learn
 _MAX_DROP = 0.01
 Row = dict[str, Any]
-
-console = Console(highlight=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -57,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     study = _study(options.work)
+    _page(options.work)
     study["seconds"] = round(time.monotonic() - start)
     (options.work / "study.json").write_text(json.dumps(study, indent=1), encoding="utf-8")
     (options.work / "study.md").write_text(page(study), encoding="utf-8")
@@ -67,21 +68,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _study(folder: Path) -> dict[str, Any]:
-    _heading("1. A ViT learns scikit-learn's digits")
+    heading("1. A ViT learns scikit-learn's digits")
     model, accuracy = _trained(folder)
     print(f"top-1 on digits held out: {accuracy:.1%}")
     held_out = ImageSet.find(folder / "held_out.npz", None)
     train = ImageSet.find(folder / "train.npz", None)
-    _heading("2. Schedules that compute equally much, in float32 and int8")
+    heading("2. Schedules that compute equally much, in float32 and int8")
     wanted = equal(model)
     files = {
         (schedule, *which): path
         for schedule in wanted
         for which, path in _files(model, schedule, train, folder)
     }
-    _heading("3. How right they are")
+    heading("3. How right they are")
     rows = [_judged(wanted, key, path, held_out) for key, path in files.items()]
-    _heading("4. How fast they are")
+    heading("4. How fast they are")
     for runtime in RUNTIMES:
         _time(runtime, [row for row in rows if row["runtime"] == runtime], files)
     return {
@@ -90,7 +91,7 @@ def _study(folder: Path) -> dict[str, Any]:
         "accuracy": accuracy,
         "n_held_out": len(held_out),
         "rows": rows,
-        "search": _search(model, train, held_out, folder),
+        "search": _search(model, held_out, folder),
         "learn": _learn(model, train, folder),
     }
 
@@ -112,7 +113,7 @@ def _files(
     model: Path, schedule: str, train: ImageSet, folder: Path
 ) -> Iterator[tuple[tuple[str, str], Path]]:
     """Write a schedule's files; yield each with its runtime and precision."""
-    stem = schedule.replace(":", "").replace(",", "_")
+    stem = _stem(schedule)
     exported = folder / f"{stem}.onnx"
     print(f"exporting {schedule}", flush=True)
     tomexport.export(model, schedule, exported, force=True)
@@ -122,6 +123,10 @@ def _files(
         print(f"  int8 for {RUNTIMES[runtime]}", flush=True)
         quantize(exported, train, path, limit=CALIBRATED, timed=False, force=True)
         yield (runtime, "int8"), path
+
+
+def _stem(schedule: str) -> str:
+    return schedule.replace(":", "").replace(",", "_")
 
 
 def _judged(
@@ -162,36 +167,35 @@ def _time(runtime: str, rows: list[Row], files: dict[tuple[str, str, str], Path]
                 "speedup_low": found.low, "speedup_high": found.high}  # fmt: skip
 
 
-def _search(model: Path, train: ImageSet, held_out: ImageSet, folder: Path) -> dict[str, Any]:
-    _heading(f"5. Search, {_MINUTES:g} minutes: the fastest that loses at most {_MAX_DROP:.0%}")
+def _search(model: Path, images: ImageSet, folder: Path) -> dict[str, Any]:
+    heading(f"5. Search, {_MINUTES:g} minutes: the fastest that loses at most {_MAX_DROP:.0%}")
     report = tomexport.search(
-        model, held_out, folder / "found.onnx", max_drop=_MAX_DROP, minutes=_MINUTES,
-        storage=str(folder / "search.journal"), force=True, progress=_progress,
+        model, images, folder / "found.onnx", max_drop=_MAX_DROP, minutes=_MINUTES,
+        storage=str(folder / "search.journal"), force=True, progress=progress,
     )  # fmt: skip
-    data = report.to_dict() | {"minutes": _MINUTES}
-    (folder / "front.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
-    return data
+    (folder / "front.json").write_text(json.dumps(report.to_dict(), indent=1), encoding="utf-8")
+    return report.to_dict() | {"minutes": _MINUTES}
 
 
 def _learn(model: Path, train: ImageSet, folder: Path) -> list[dict[str, Any]]:
-    _heading("6. Learn by what to merge")
+    heading("6. Learn by what to merge")
     path = folder / "learned.safetensors"
     report = learn(
         model, train, path, schedule=LEARNED[0], judge=LEARNED[1:],
-        course=Course(epochs=_EPOCHS), force=True, progress=_progress,
+        course=Course(epochs=_EPOCHS), force=True, progress=progress,
     )  # fmt: skip
     judgements: list[dict[str, Any]] = report.to_dict()["judgements"]
     return judgements
 
 
-def _heading(text: str) -> None:
-    console.print()
-    console.rule(text, align="left")
-
-
-def _progress(message: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\033[K{message}", end="", file=sys.stderr, flush=True)
+def _page(folder: Path) -> None:
+    heading("7. A page to look at")
+    images = ImageSet.find(folder / "held_out.npz", 3)
+    found = write_page(
+        folder / f"{_stem(CONSTANTS[-1])}.onnx", folder / "report.html", images=images,
+        front=folder / "front.json", seconds=2, force=True, progress=progress,
+    )  # fmt: skip
+    print(f"saved: {found.path}")
 
 
 if __name__ == "__main__":

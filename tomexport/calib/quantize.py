@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from tomexport.artifact import GOLDEN_KEY, METADATA_KEY, Metadata
+from tomexport.artifact import GOLDEN_KEY, METADATA_KEY, Golden, Metadata
 from tomexport.calib.evaluate import Accuracy, Evaluated, Judge, labels_of
 from tomexport.calib.images import ImageSet, Skipped, require_some
 from tomexport.calib.outputs import Progress, compute, file_engine, parts
@@ -34,6 +34,7 @@ from tomexport.runtime.profile import times
 from tomexport.runtime.timing import Interval, Job, medians, take_turns, worker
 from tomexport.runtime.verify import VerifyReport, verify
 
+N_CALIBRATED = 300  # images, unless another number is asked for
 N_JUDGED = 500  # images that are judged, of those that were not calibrated on
 MIN_JUDGED = 50  # fewer are too few: then those that were calibrated on are judged as well
 _LAUNCHES, _ROUNDS, _SECONDS = 3, 7, 4.0  # of timing: seconds for each launch
@@ -137,7 +138,7 @@ def quantize(
     images: ImageSet,
     output: str | Path,
     *,
-    limit: int = 300,
+    limit: int = N_CALIBRATED,
     seed: int = 0,
     min_agreement: float | None = None,
     timed: bool = True,
@@ -184,19 +185,9 @@ def quantize(
     judge.check_limits()
     progress("reading the images to calibrate on")
     calibration, skipped = _readable(drawn.calibrated, metadata)
-    said = {"tool": tool.name, "version": importlib.metadata.version(tool.name),
-            "images": len(calibration) * calibration.batch, **tool.settings}  # fmt: skip
-    kept_float: list[int] = []
-
-    def text(n_kept: int) -> dict[str, str]:
-        kept_float.append(n_kept)
-        own = dataclasses.replace(metadata, quantization=said | {"kept_float": n_kept})
-        return {METADATA_KEY: own.to_json(), GOLDEN_KEY: golden.to_text()}
-
     with staging(output) as folder:
         staged = folder / output.name
-        progress(f"quantizing with {tool.name}")
-        tool.quantize(path, staged, calibration, text)
+        said = _write(tool, path, staged, calibration, golden, progress)
         proof = verify(staged, backend=tool.backend, progress=progress)
         engines = [file_engine(file, tool.backend, precision="f32") for file in (path, staged)]
         before, found = (compute(each, drawn.judged, metadata, progress) for each in engines)
@@ -216,12 +207,47 @@ def quantize(
         n_calibrated=said["images"],
         judged=drawn.judged.described(found.skipped) + (", calibrated on" if drawn.same else ""),
         skipped=tuple(dict.fromkeys((*skipped, *found.skipped))),
-        kept_float=kept_float[0],
+        kept_float=said["kept_float"],
         before=judge.accuracy(before), after=after, speed=speed,
         verify=dataclasses.replace(proof, path=str(output)),
         verdict=_verdict(speed, after), notes=(*images.notes, *notes, *drawn.notes),
         baselines=tuple(rest),
     )  # fmt: skip
+
+
+def write_int8(path: Path, output: Path, images: ImageSet, progress: Progress) -> None:
+    """Write a file in int8 without judging it: for one that is judged as others are.
+
+    Args:
+        path: a float file that tomexport wrote.
+        output: the file, which is replaced if it is there.
+        images: to calibrate on, the first 300.
+        progress: is told what is being done.
+
+    Raises: as `quantize`.
+    """
+    tool = _tool(path, output)
+    metadata, golden = read_artifact(pick("backend", BACKENDS, tool.backend), path)
+    calibrated = images.take(range(min(len(images), N_CALIBRATED)))
+    _write(tool, path, output, _readable(calibrated, metadata)[0], golden, progress)
+
+
+def _write(
+    tool: Tool, path: Path, staged: Path, calibration: Calibration, golden: Golden,
+    progress: Progress,
+) -> dict[str, Any]:  # fmt: skip
+    """Write the int8 form of a file, and return what its metadata say of that."""
+    said = {"tool": tool.name, "version": importlib.metadata.version(tool.name),
+            "images": len(calibration) * calibration.batch, **tool.settings}  # fmt: skip
+
+    def text(n_kept: int) -> dict[str, str]:
+        said["kept_float"] = n_kept
+        own = dataclasses.replace(calibration.metadata, quantization=said)
+        return {METADATA_KEY: own.to_json(), GOLDEN_KEY: golden.to_text()}
+
+    progress(f"quantizing with {tool.name}")
+    tool.quantize(path, staged, calibration, text)
+    return said
 
 
 def _tool(path: Path, output: Path) -> Tool:

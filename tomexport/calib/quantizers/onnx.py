@@ -6,10 +6,7 @@ over when the file is loaded.
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from tomexport.calib.choosing import Node, choosing
 from tomexport.calib.quantizers import smoothing
 from tomexport.calib.quantizers.calibration import Calibration
 from tomexport.errors import ExportError, need, plain
+from tomexport.quiet import quiet
 from tomexport.runtime.load import load
 from tomexport.runtime.machine import needs_7_bits
 
@@ -57,7 +55,7 @@ def quantize(
     with scratch.folder(staged) as folder:
         made = folder / "int8.onnx"
         try:
-            with _quiet():
+            with quiet():
                 tool.quantize_static(
                     model,
                     made,
@@ -159,16 +157,3 @@ class _Reader:
 
     def get_next(self) -> dict[str, Array] | None:
         return next(self._batches, None)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the tool's warnings and log lines off the user's screen."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)

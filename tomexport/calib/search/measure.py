@@ -14,11 +14,12 @@ from tomexport import pipeline
 from tomexport.artifact import Array, Metadata
 from tomexport.calib.fidelity import cosines, divergences, hits
 from tomexport.calib.images import ImageSet, Skipped, require_some
-from tomexport.calib.outputs import file_engine
 from tomexport.calib.search.front import Measured
 from tomexport.calib.search.space import Point
 from tomexport.errors import ImageError
+from tomexport.runtime.load import load
 from tomexport.runtime.timing import MIN_ROUNDS, Interval, Job, medians, take_turns, worker
+from tomexport.runtime.verify import run_all
 
 if TYPE_CHECKING:
     from tomexport.exporter.source import Source
@@ -131,16 +132,9 @@ class Meter:
         self.metadata = pipeline.export(found, "none", path, verify=False).metadata
         self._none = replace(job, path=str(path), precision="f32")
 
-    def run(self, job: Job, pixels: Array) -> Array:
-        """Compute a file's outputs."""
-        engine = file_engine(
-            Path(job.path), job.backend, job.device, job.precision, job.kernels, batch=1
-        )
-        return engine.run(pixels)
-
     def unmerged(self, pixels: Array) -> Array:
         """Compute the unmerged model, in float32."""
-        return self.run(self._none, pixels)
+        return _computing(self._none)(pixels)
 
     def unmerged_ms(self) -> float:
         """Return the median time of a call of the unmerged file, in milliseconds."""
@@ -160,7 +154,8 @@ class Meter:
             ratio = self._time(job)
             self._progress(f"judging {point.schedule}")
             halves = (images.search, images.held_out)
-            outputs = [self.run(job, half.pixels) for half in halves]
+            compute = _computing(job)
+            outputs = [compute(half.pixels) for half in halves]
         finally:
             for part in self._folder.glob("point*"):
                 part.unlink()
@@ -193,11 +188,13 @@ class Meter:
             progress=self._progress,
         )  # fmt: skip
         if quantized:
-            from tomexport.calib.quantize import quantize
+            from tomexport.calib.quantize import quantize, write_int8
 
-            quantize(
-                file, self._calibration, path, timed=False, force=force, progress=self._progress
-            )
+            images, told = self._calibration, self._progress
+            if verify:
+                quantize(file, images, path, timed=False, force=force, progress=told)
+            else:  # it is judged here, as other points are
+                write_int8(file, path, images, told)
 
     def _time(self, job: Job) -> Interval:
         """Return the time over the unmerged file's, of several launches of both."""
@@ -209,3 +206,9 @@ class Meter:
             ratios.append(medians(own) / medians(none))
         shared = min(map(len, ratios))
         return Interval.of(np.array([each[:shared] for each in ratios]))
+
+
+def _computing(job: Job) -> Callable[[Array], Array]:
+    """Load a file as a function from images, one at a time, to its outputs."""
+    runner = load(job.path, job.backend, job.device, precision=job.precision, kernels=job.kernels)
+    return lambda pixels: run_all(runner, pixels, 1)[0]

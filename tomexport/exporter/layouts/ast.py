@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tomexport.exporter.layouts.layout import Layout, Options, State, n_classes
+from tomexport.exporter.layouts.layout import Layout, Names, Options, State, n_classes, renamed
 from tomexport.exporter.models.ast import VARIANTS
 
-_NAMES = (
-    ("v.head", "unread.head"),
-    ("v.", ""),
-    ("mlp_head.0.", "fc_norm."),
-    ("mlp_head.1.", "head."),
+_NAMES: Names = (
+    (r"v\.(head.*)", r"unread.\1"),
+    (r"v\.(.+)", r"\1"),
+    (r"mlp_head\.0\.(.+)", r"fc_norm.\1"),
+    (r"mlp_head\.1\.(.+)", r"head.\1"),
 )
 
 
@@ -21,18 +21,7 @@ def _recognises(state: State) -> bool:
 
 def _rename(state: State, source: str) -> dict[str, Tensor]:
     del source
-    return {_named(key): tensor for key, tensor in state.items()}
-
-
-def _named(key: str) -> str:
-    for start, name in _NAMES:
-        if key.startswith(start):
-            return name + key.removeprefix(start)
-    return key
-
-
-def _called(word: str) -> str:
-    return word
+    return {renamed(key, _NAMES): tensor for key, tensor in state.items()}
 
 
 def _width(state: State) -> int:
@@ -59,7 +48,6 @@ AST = Layout(
     recognises=_recognises,
     rename=_rename,
     spare=((r"unread\..+", "the backbone's own classifiers"),),
-    called=_called,
     may_fit=_may_fit,
     options=_options,
     describe=_describe,

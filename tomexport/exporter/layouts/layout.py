@@ -39,10 +39,10 @@ class Layout:
             untold. None where there is no such file.
         preprocessing: preprocessor_config.json beside the file → how images are prepared, or None
             if it does not say.
-        called: what the file calls its architecture → what it is called here.
         may_fit: (name, state) → tells cheaply whether a name can fit.
         options: (name, state, source) → what makes the name's model fit: classes, image size …
         describe: what the shapes say of a model, in words.
+        called: what the file calls its architecture → what it is called here.
     """
 
     name: str
@@ -50,10 +50,10 @@ class Layout:
     recognises: Callable[[State], bool]
     rename: Callable[[State, str], dict[str, Tensor]]
     spare: tuple[tuple[str, str], ...]
-    called: Callable[[str], str]
     may_fit: Callable[[str, State], bool]
     options: Callable[[str, State, str], Options]
     describe: Callable[[State], str]
+    called: Callable[[str], str] = str
     extras: tuple[tuple[str, tuple[str, ...]], ...] = ()
     methods: tuple[str, ...] = ()
     untold: str = ""

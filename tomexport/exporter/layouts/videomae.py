@@ -29,10 +29,6 @@ def _rename(state: State, source: str) -> dict[str, Tensor]:
     return named
 
 
-def _called(word: str) -> str:
-    return word
-
-
 def _may_fit(name: str, state: State) -> bool:
     variant = VARIANTS[name]
     depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
@@ -54,7 +50,6 @@ VIDEOMAE = Layout(
     recognises=_recognises,
     rename=_rename,
     spare=(),
-    called=_called,
     may_fit=_may_fit,
     options=_options,
     describe=_describe,
