@@ -18,7 +18,7 @@ HEADLINE = ("const:8", "exp:0.25,0")  # in a group of their own where rounds are
 HEADLINE_ROUNDS, REWRITE_ROUNDS = 200, 100
 HEADLINE_LAUNCHES, REWRITE_LAUNCHES = 6, 3
 BATCHES = (1, 8)
-TURN_S = 0.04  # of each variant, unless two calls take longer
+TURN_S = 0.1  # of each variant, unless two calls take longer: the first calls of a turn are cold
 # what can be turned off, alone, in the export
 REWRITES = {
     "qkv": "q, k, v by one transposition and one Split, not a Slice each",
