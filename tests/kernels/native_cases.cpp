@@ -54,7 +54,7 @@ std::vector<Array> compute(const Operator &op, Call call, bool follows, const Th
     std::vector<Array> out;
     for (std::size_t i = 0; i < n_out; ++i) {
         const Port &port = Operator::kOutputs[i];
-        out.push_back(array<T>(port, call.sizes.of(port.axes), false));
+        out.push_back(array<T>(port, call.sizes.of(port.axes), call.narrow));
         call.out[i] = out.back().data();
     }
     run<T>(op, call, threads);

@@ -67,6 +67,10 @@ class Job:
     def x(self) -> Tensor:
         return self.inputs[0]
 
+    @property
+    def is_bfloat16(self) -> bool:
+        return self.x.dtype == torch.bfloat16
+
     def given(self, name: str) -> Tensor:
         return self.inputs[self.operator.inputs.index(name)]
 
@@ -81,11 +85,8 @@ class Job:
     def pack(self) -> bytes:
         """Return it as native_cases.cpp reads it."""
         arrays = (*self.inputs, *self.affine)
-        is_bfloat16, narrow = (
-            any(a.dtype == t for a in arrays) for t in (torch.bfloat16, torch.int32)
-        )
         attributes = [self.attributes.get(name, 0) for name in self.operator.attributes]
-        numbers = [is_bfloat16, narrow, *attributes, *(n for a in arrays for n in a.shape)]
+        numbers = [self.is_bfloat16, self.is_bfloat16, *attributes, *(n for a in arrays for n in a.shape)]
         parts = (torch.tensor(numbers, dtype=torch.int64), *arrays)
         content = b"".join(p.contiguous().view(torch.uint8).numpy().tobytes() for p in parts)
         return self.operator.name.encode().ljust(16, b"\0") + content
@@ -108,7 +109,7 @@ class Job:
         own = {
             "x": ((b, m, c), real),
             "size": ((b, m, 1), torch.float32),
-            "target": ((b, n), torch.int64),
+            "target": ((b, n), torch.int32 if self.is_bfloat16 else torch.int64),
         }
         following = ((b, m, c), real), ((b, m, 1), real)
         return [

@@ -83,7 +83,7 @@ class Merge {
         std::int64_t n_a, n_b, slot_b;       // |A|, |B|, the first slot of B
         std::int64_t rows, columns, width;   // |A|, |B|, D rounded up to tiles, panels, vectors
         const T *signal;
-        std::int64_t *target;
+        Integers target;
         Slots<T> slots;
         float *a, *b;           // directions: (rows, width) and (columns / kColumns, D, kColumns)
         float *row;             // (columns / lanes, width) a token on its way into its panel
@@ -106,7 +106,7 @@ class Merge {
         const std::int64_t n_out = sizes['M'];
         const float *size = call.input<float>(kSize);
         m.signal = call.input<T>(kSignal);
-        m.target = call.output<std::int64_t>(kTarget);
+        m.target = call.taken(kTarget);
         m.slots = tomexport::slots<Merge, T>(call, size, size, true);
         if (r_ == 0) return m;
 
@@ -132,7 +132,7 @@ class Merge {
         const Slots<T> &s = m.slots;
         std::copy_n(s.x, m.n * s.channels, s.x_out);
         std::copy_n(s.mass, m.n, s.size_out);
-        for (std::int64_t i = 0; i < m.n; ++i) m.target[i] = i, s.follow(i);
+        for (std::int64_t i = 0; i < m.n; ++i) m.target.set(i, i), s.follow(i);
     }
 
     // --- directions
@@ -300,14 +300,14 @@ class Merge {
 
     template <class T>
     static void begin_slot(const Image<T> &m, std::int64_t slot, std::int64_t token) {
-        m.target[token] = slot;
+        m.target.set(token, slot);
         m.slots.first[slot] = static_cast<std::int32_t>(token);
     }
 
     template <class T>
     static void join_slot(const Image<T> &m, std::int64_t slot, std::int64_t token) {
         std::int32_t *const next = m.slots.next, head = m.slots.first[slot];
-        m.target[token] = slot;
+        m.target.set(token, slot);
         next[token] = next[head];
         next[head] = static_cast<std::int32_t>(token);
     }

@@ -95,6 +95,7 @@ template <class Operator> class Node : public ov::op::Op {
             const ov::Shape shape(wanted.values, wanted.values + wanted.n);
             if (out[i].get_shape() != shape) out[i].set_shape(shape);
             call.out[i] = out[i].data();
+            call.narrow = call.narrow || out[i].get_element_type() == ov::element::i32;
         }
         const auto n_threads = static_cast<std::size_t>(parallel_get_max_threads());
         const Threads::Run run_all = [](void *, Threads::Task task, std::size_t n, void *job) {
@@ -115,9 +116,11 @@ template <class Operator> class Node : public ov::op::Op {
     std::size_t n_inputs() const { return kNumInputs<Operator> + (follows() ? kFollowing : 0); }
     std::size_t n_outputs() const { return kNumOutputs<Operator> + (follows() ? kFollowing : 0); }
 
-    static ov::element::Type element(Type type, ov::element::Type real) {
+    // Of a port. OpenVINO computes with integers of 32 bits, and converts those of a file.
+    ov::element::Type element(Type type, ov::element::Type real) const {
         if (type == Type::kReal) return real;
-        return type == Type::kFloat ? ov::element::f32 : ov::element::i64;
+        if (type == Type::kFloat) return ov::element::f32;
+        return follows() ? ov::element::i32 : ov::element::i64;
     }
 
     // As Sizes::fit, of shapes that are not all known.

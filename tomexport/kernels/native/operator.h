@@ -103,11 +103,15 @@ class Sizes {
 
 // Whole numbers in the width that the runtime has.
 struct Integers {
-    const void *data;
+    void *data;
     bool narrow;  // 32 bits, not 64
     std::int64_t operator[](std::int64_t i) const {
         if (narrow) return static_cast<const std::int32_t *>(data)[i];
         return static_cast<const std::int64_t *>(data)[i];
+    }
+    void set(std::int64_t i, std::int64_t value) const {
+        if (narrow) static_cast<std::int32_t *>(data)[i] = static_cast<std::int32_t>(value);
+        else static_cast<std::int64_t *>(data)[i] = value;
     }
 };
 
@@ -116,14 +120,15 @@ struct Call {
     Sizes sizes;
     const void *in[kMostPorts] = {};
     void *out[kMostPorts] = {};
-    bool narrow = false;  // integers given have 32 bits; those taken have 64
+    bool narrow = false;  // integers have 32 bits, those given and those taken; not 64
     float epsilon = 0.f;  // of the LayerNorm
 
     template <class T> const T *input(std::size_t port) const {
         return static_cast<const T *>(in[port]);
     }
     template <class T> T *output(std::size_t port) const { return static_cast<T *>(out[port]); }
-    Integers integers(std::size_t port) const { return {in[port], narrow}; }
+    Integers given(std::size_t port) const { return {const_cast<void *>(in[port]), narrow}; }
+    Integers taken(std::size_t port) const { return {out[port], narrow}; }
 };
 
 // --- what it may ask of the runtime
@@ -247,16 +252,16 @@ template <class T> std::size_t bytes_of(Type type, bool narrow) {
 // The part of a call that is one image's.
 template <class Operator, class T> Call image(const Call &call, std::int64_t index) {
     Call one = call;
-    const auto offset = [&](const Port &port, bool narrow) {
+    const auto offset = [&](const Port &port) {
         if (*port.axes == 'C' || call.sizes[*port.axes] == 1) return std::int64_t{0};  // it serves all
-        auto bytes = index * static_cast<std::int64_t>(bytes_of<T>(port.type, narrow));
+        auto bytes = index * static_cast<std::int64_t>(bytes_of<T>(port.type, call.narrow));
         for (const char *axis = port.axes + 1; *axis; ++axis) bytes *= call.sizes[*axis];
         return bytes;
     };
     for (std::size_t i = 0; i < std::size(Operator::kInputs); ++i)
-        if (one.in[i]) one.in[i] = call.input<char>(i) + offset(Operator::kInputs[i], call.narrow);
+        if (one.in[i]) one.in[i] = call.input<char>(i) + offset(Operator::kInputs[i]);
     for (std::size_t i = 0; i < std::size(Operator::kOutputs); ++i)
-        if (one.out[i]) one.out[i] = call.output<char>(i) + offset(Operator::kOutputs[i], false);
+        if (one.out[i]) one.out[i] = call.output<char>(i) + offset(Operator::kOutputs[i]);
     return one;
 }
 

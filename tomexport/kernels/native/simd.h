@@ -1,6 +1,7 @@
 // Vectors as wide as the target's registers, in the extension that GCC and Clang share.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 
@@ -63,12 +64,20 @@ inline void store_one(BFloat16 *to, float value) {
     to->bits = static_cast<std::uint16_t>(value == value ? rounded : bits >> 16 | 0x40);
 }
 
-inline float sum(Floats v) {
-    float lanes[kLanes];
-    store(lanes, v);
-    for (int half = kLanes / 2; half; half /= 2)
-        for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-    return lanes[0];
+template <std::size_t Bytes> struct Half;
+template <> struct Half<64> { typedef float Vector __attribute__((vector_size(32))); };
+template <> struct Half<32> { typedef float Vector __attribute__((vector_size(16))); };
+template <> struct Half<16> { typedef float Vector __attribute__((vector_size(8))); };
+
+// By halves, which stay in registers.
+template <class Vector> inline float sum(const Vector &v) {
+    if constexpr (sizeof v == 8) {
+        return v[0] + v[1];
+    } else {
+        typename Half<sizeof v>::Vector halves[2];
+        std::memcpy(halves, &v, sizeof v);
+        return sum(halves[0] + halves[1]);
+    }
 }
 
 }  // namespace tomexport

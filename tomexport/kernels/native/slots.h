@@ -38,7 +38,8 @@ template <class T> struct Slots {
     // Of a slot that is there: its norm and its logarithm.
     void follow(std::int64_t slot) const {
         if (!norm_out) return;
-        store_one(log_size_out + slot, std::log(size_out[slot]));
+        const float size = size_out[slot];  // of most, 1
+        store_one(log_size_out + slot, size == 1.f ? 0.f : std::log(size));
         layer_norm(x_out + slot * channels, norm_out + slot * channels);
     }
 

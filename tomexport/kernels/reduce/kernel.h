@@ -42,7 +42,7 @@ class Reduce {
         auto s = slots<Reduce, T>(call, call.input<float>(kWeight), call.input<float>(kMass), mean_);
         s.first = workspace.take<std::int32_t>(n_out);
         s.next = workspace.take<std::int32_t>(n);
-        link(call.integers(kTarget), n, n_out, s);
+        link(call.given(kTarget), n, n_out, s);
         const std::int64_t work = n * s.channels * (s.norm_out ? 4 : 1);  // a norm: 3 passes more
         const auto n_worth = static_cast<std::size_t>(1 + work / kFork);
         const std::size_t n_members = std::min({threads.most(), n_worth, Team::kMembers});
