@@ -141,6 +141,14 @@ _kernels = click.option(
 )  # fmt: skip
 
 
+def _out(metavar: str, help_text: str) -> Callable[[F], F]:
+    """Name the file that a command writes."""
+    return click.option(
+        "-o", "--out", "output", required=True, type=click.Path(path_type=Path), metavar=metavar,
+        help=help_text,
+    )  # fmt: skip
+
+
 def _with_options(options: dict[str, Any]) -> dict[str, Any]:
     """Put the options of a method into its name: method "evit" and fuse "no" → "evit:fuse=no"."""
     chosen = {name: options.pop(name) for name in _METHOD_OPTIONS}
@@ -178,10 +186,7 @@ def cli() -> None:
 @click.argument("model")
 @_options(
     _schedule,
-    click.option(
-        "-o", "--out", "output", required=True, type=click.Path(path_type=Path), metavar="OUT",
-        help="File to write: .onnx, or .xml for OpenVINO IR.",
-    ),
+    _out("OUT", "File to write: .onnx, or .xml for OpenVINO IR."),
     _arch,
     _method,
     _output_kind,
@@ -395,8 +400,7 @@ def evaluate(
 @click.argument("model")
 @_options(
     *_image_set,
-    click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT",
-                 help="Checkpoint to write: .safetensors or .pth."),
+    _out("OUT", "Checkpoint to write: .safetensors or .pth."),
     click.option("--schedule", default="const:16", show_default=True, metavar="S",
                  help="Tokens to remove while learning; any other can be exported afterwards."),
     click.option("--judge", multiple=True, metavar="S",
@@ -442,10 +446,7 @@ def learn(
 @click.argument("model")
 @_options(
     *_image_set,
-    click.option(
-        "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT",
-        help="File to write: .onnx, or .xml for OpenVINO IR.",
-    ),
+    _out("OUT", "File to write: .onnx, or .xml for OpenVINO IR."),
     click.option("--max-drop", type=float, metavar="SHARE", help=(
         "Take the fastest that loses at most so much: top-1 accuracy, or agreement with the "
         "unmerged model where there are no labels."
@@ -523,8 +524,7 @@ def search(
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.argument("image", type=click.Path(path_type=Path))
 @_options(
-    click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="PNG",
-                 help="Picture to write."),
+    _out("PNG", "Picture to write."),
     click.option("--layers", default="all", show_default=True, metavar="all|final|0,4,11", help=(
         "What to draw: all block calls that remove tokens, the last one, or those named."
     )),
@@ -550,8 +550,7 @@ def show(artifact: Path, image: Path, output: Path, as_json: bool, **options: An
 @cli.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
 @_options(
-    click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="HTML",
-                 help="Page to write."),
+    _out("HTML", "Page to write."),
     click.option("--images", type=click.Path(path_type=Path), metavar="DIR", help=(
         "Show merging on four of these images; on drawn ones if left out."
     )),
@@ -585,10 +584,7 @@ def report(artifact: Path, images: Path | None, as_json: bool, **options: Any) -
 @cli.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
 @_options(
-    click.option(
-        "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT",
-        help="File to write: .xml by NNCF for OpenVINO, .onnx by ONNX Runtime.",
-    ),
+    _out("OUT", "File to write: .xml by NNCF for OpenVINO, .onnx by ONNX Runtime."),
     *_image_set[:2],
     click.option("--limit", default=300, show_default=True, metavar="N", help=(
         "Calibrate on so many images; up to 500 others judge the file."

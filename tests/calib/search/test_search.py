@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
+import time
+import warnings
 from pathlib import Path
 
 import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from PIL import Image
 
 import tomexport
@@ -194,3 +200,43 @@ def test_int8_is_a_precision_as_others(digits, images, by_macs, tmp_path):
     assert point.precision == "int8"
     assert 0 < point.divergence < 1
     assert pipeline.describe(tmp_path / "best.onnx").quantization is not None
+
+
+def test_a_command_killed_in_mid_trial_goes_on_and_two_share_the_work(digits, tmp_path):
+    folder, journal = tmp_path / "out", tmp_path / "s.journal"
+    folder.mkdir()
+    most = pipeline.plan(digits.checkpoint, "const:11").macs / 1e9 + 1e-4
+
+    def search(name):
+        words = ["search", digits.checkpoint, "--images", digits.held_out, "--limit", 20,
+                 "-o", folder / name, "--family", "const", "--max-gmac", most, "--storage", journal,
+                 "--backend", "onnxruntime", "--seconds", 0, "--threads", 1, "--json"]  # fmt: skip
+        return subprocess.Popen(
+            [sys.executable, "-m", "tomexport", *map(str, words)], stdout=subprocess.PIPE, text=True
+        )
+
+    def measured():
+        if not journal.exists() or not journal.read_bytes().endswith(b"\n"):
+            return []
+        with warnings.catch_warnings(action="ignore"):
+            storage = JournalStorage(JournalFileBackend(str(journal)))
+        trials = [t for study in storage.get_all_studies() for t in storage.get_all_trials(study._study_id)]
+        return [t.user_attrs["result"]["schedule"] for t in trials if t.state.name == "COMPLETE"]
+
+    killed = search("killed.onnx")
+    while not measured():
+        assert killed.poll() is None
+        time.sleep(0.05)
+    killed.kill()
+    killed.communicate()
+    before = measured()
+    assert not list(folder.iterdir())
+
+    both = [search("one.onnx"), search("other.onnx")]
+    said = [json.loads(each.communicate(timeout=300)[0]) for each in both]
+    assert [each.returncode for each in both] == [0, 0]
+    after = measured()
+    assert after[: len(before)] == before
+    assert sorted(after) == [f"const:{r}" for r in range(11, 14)]
+    assert {pipeline.describe(path).plan.schedule for path in folder.iterdir()} <= set(after)
+    assert max(len(each["points"]) for each in said) == 3
