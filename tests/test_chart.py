@@ -63,7 +63,7 @@ def test_a_full_disk_leaves_the_older_chart(tmp_path, monkeypatch):
     path = tmp_path / "chart.png"
     path.write_text("precious")
     monkeypatch.setattr(Figure, "savefig", fail)
-    with pytest.raises(ExportError, match="could not be written in .*: No space left"):
+    with pytest.raises(ExportError, match=r"could not be written in .*: No space left"):
         chart.draw(report(), path)
     assert path.read_text() == "precious"
     assert os.listdir(tmp_path) == ["chart.png"]

@@ -26,6 +26,7 @@ REWRITES = {
     "LayerScale": "LayerScale folded into the weights (of the model with LayerScale)",
     "last block": "last block computes the class token alone",
     "GELU": "GELU in the form that runtimes fuse",
+    "bias": "bias of the rank of the product that it is added to",
 }
 # every method where it is published, at as many MACs: 2.98 to 3.03 G on the model below
 METHODS = {

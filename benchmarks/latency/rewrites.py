@@ -83,6 +83,14 @@ def _gelu(reduced: ReducedModel) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _bias(reduced: ReducedModel) -> Iterator[None]:
+    """Leave biases with one axis, as PyTorch's exporter writes them."""
+    del reduced
+    with mock.patch.object(to_onnx, "_widen_biases", return_value=None):
+        yield
+
+
 # by the names of cases.REWRITES
 WITHOUT: dict[str, Callable[[ReducedModel], AbstractContextManager[None]]] = {
     "qkv": _qkv,
@@ -90,6 +98,7 @@ WITHOUT: dict[str, Callable[[ReducedModel], AbstractContextManager[None]]] = {
     "LayerScale": _layer_scale,
     "last block": _last_block,
     "GELU": _gelu,
+    "bias": _bias,
 }
 
 

@@ -70,7 +70,7 @@ def test_every_rewrite_is_exact(results):
     variants = _variants(results, "rewrites")
     assert np.shape(variants[NONE, "none"]["us"]) == (cases.REWRITE_LAUNCHES, 2)  # 6, shared
     off = [variants[f"without {name}", "none"] for name in cases.REWRITES]
-    assert len(off) == 5
+    assert len(off) == 6
     assert all(each["difference"] < 1e-5 for each in off)
     assert variants[SLICE, SCHEDULE]["difference"] < 1e-5  # to the bound, which cuts alike
 

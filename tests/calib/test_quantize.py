@@ -12,6 +12,7 @@ import pytest
 from torch import nn
 
 import tomexport
+from tests.optimized import optimized
 from tomexport import pipeline
 from tomexport.artifact import DOMAIN, Metadata
 from tomexport.calib import evaluate
@@ -83,6 +84,9 @@ def test_onnx(tmp_path, merged, images):
     assert report.n_calibrated == N_CALIBRATED
     assert report.after.images == 100
     assert report.tool.startswith("onnxruntime 1.")
+    kinds = optimized(path, tmp_path)
+    assert kinds["MatMulIntegerToFloat"] == len(in_int8)  # what runs is int8 in fact
+    assert not kinds["DequantizeLinear"]
     assert report.speed is None
     assert "top-1 (" in report.verdict
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import tomexport
+from tests.optimized import optimized
 from tomexport import delivery, pipeline
 from tomexport.artifact import DOMAIN
 
@@ -96,6 +97,17 @@ def test_weights_are_stored_once(exported, seeded):
     n_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
     # golden set and metadata are text of well under 0.2 MB
     assert n_bytes < path.stat().st_size < n_bytes + 300_000
+
+
+@pytest.mark.parametrize("ops", ["custom", "portable"])
+def test_products_stay_products(exported, seeded, tmp_path, ops):
+    path, model = exported(seeded("deit_tiny_patch16_224"), "const:8", ops=ops)
+    n_linear = 4 * 12  # qkv, projection and both of the MLP
+    kinds = optimized(path, tmp_path)
+    assert kinds["Gemm"] == 1  # the head
+    assert kinds["MatMul"] >= n_linear
+    written = collections.Counter(node.op_type for node in model.graph.node)
+    assert kinds["Reshape"] <= written["Reshape"]
 
 
 @pytest.mark.parametrize("opset", [18, 20, 23])

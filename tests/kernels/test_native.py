@@ -86,7 +86,12 @@ class Job:
         """Return it as native_cases.cpp reads it."""
         arrays = (*self.inputs, *self.affine)
         attributes = [self.attributes.get(name, 0) for name in self.operator.attributes]
-        numbers = [self.is_bfloat16, self.is_bfloat16, *attributes, *(n for a in arrays for n in a.shape)]
+        numbers = [
+            self.is_bfloat16,
+            self.is_bfloat16,
+            *attributes,
+            *(n for a in arrays for n in a.shape),
+        ]
         parts = (torch.tensor(numbers, dtype=torch.int64), *arrays)
         content = b"".join(p.contiguous().view(torch.uint8).numpy().tobytes() for p in parts)
         return self.operator.name.encode().ljust(16, b"\0") + content

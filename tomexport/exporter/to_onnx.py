@@ -54,6 +54,7 @@ def to_onnx(
     passes.RemoveUnusedNodesPass()(graph_model)
     passes.DeduplicateInitializersPass(_FOLDED_APART)(graph_model)
     passes.ShapeInferencePass()(graph_model)
+    _widen_biases(graph_model.graph)
     graph_model.ir_version = _IR_VERSION
     graph_model.producer_name = DOMAIN
     _require_static(graph_model, batch)
@@ -124,6 +125,36 @@ def _attach_bodies(graph_model: ir.Model, opset: int) -> tuple[str, ...]:
             decisions.append(target.name)
     graph_model.opset_imports[DOMAIN] = 1
     return tuple(decisions)
+
+
+def _widen_biases(graph: ir.Graph) -> None:
+    """Give each bias the rank of the product that it is added to.
+
+    Of a bias with one axis and its product ONNX Runtime makes a Gemm between two Reshapes, which is
+    slower, and which it no longer computes in int8.
+    """
+    for bias in graph.initializers.values():
+        ranks = {_rank_of_product(use.node) for use in bias.uses()}
+        tensor = bias.const_value
+        if tensor is None or len(tensor.shape) != 1 or len(ranks) != 1:
+            continue
+        rank = ranks.pop()
+        if rank is not None and rank > 2:
+            widened = tensor.numpy().reshape(*[1] * (rank - 1), -1)
+            bias.const_value = ir.tensor(widened, name=bias.name)
+            bias.shape = bias.const_value.shape
+
+
+def _rank_of_product(node: ir.Node) -> int | None:
+    """Return the rank of the matrix product that a node adds something to, or None."""
+    if node.op_type != "Add":
+        return None
+    products = [
+        value
+        for value in node.inputs
+        if value and (maker := value.producer()) and maker.op_type == "MatMul"
+    ]
+    return len(products[0].shape) if products and products[0].shape is not None else None
 
 
 def _give_out(graph_model: ir.Model, decisions: tuple[str, ...], plan: Plan) -> None:

@@ -220,7 +220,11 @@ def test_a_command_killed_in_mid_trial_goes_on_and_two_share_the_work(digits, tm
             return []
         with warnings.catch_warnings(action="ignore"):
             storage = JournalStorage(JournalFileBackend(str(journal)))
-        trials = [t for study in storage.get_all_studies() for t in storage.get_all_trials(study._study_id)]
+        trials = [
+            t
+            for study in storage.get_all_studies()
+            for t in storage.get_all_trials(study._study_id)
+        ]
         return [t.user_attrs["result"]["schedule"] for t in trials if t.state.name == "COMPLETE"]
 
     killed = search("killed.onnx")
