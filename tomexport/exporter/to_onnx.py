@@ -130,31 +130,25 @@ def _attach_bodies(graph_model: ir.Model, opset: int) -> tuple[str, ...]:
 def _widen_biases(graph: ir.Graph) -> None:
     """Give each bias the rank of the product that it is added to.
 
-    Of a bias with one axis and its product ONNX Runtime makes a Gemm between two Reshapes, which is
-    slower, and which it no longer computes in int8.
+    Of a product and a bias of one axis ONNX Runtime makes a Gemm between two Reshapes, which is
+    slower, and which it does not compute in int8.
     """
     for bias in graph.initializers.values():
         ranks = {_rank_of_product(use.node) for use in bias.uses()}
-        tensor = bias.const_value
-        if tensor is None or len(tensor.shape) != 1 or len(ranks) != 1:
-            continue
-        rank = ranks.pop()
-        if rank is not None and rank > 2:
-            widened = tensor.numpy().reshape(*[1] * (rank - 1), -1)
-            bias.const_value = ir.tensor(widened, name=bias.name)
-            bias.shape = bias.const_value.shape
+        rank, tensor = max(ranks, default=0), bias.const_value
+        if tensor is not None and len(tensor.shape) == 1 and len(ranks) == 1 and rank > 2:
+            values = tensor.numpy().reshape(*[1] * (rank - 1), -1)
+            bias.const_value = ir.tensor(values, name=bias.name)
+            bias.shape = ir.Shape(values.shape)
 
 
-def _rank_of_product(node: ir.Node) -> int | None:
-    """Return the rank of the matrix product that a node adds something to, or None."""
+def _rank_of_product(node: ir.Node) -> int:
+    """Return the rank of the matrix product that a node adds something to; 0 if it does not."""
     if node.op_type != "Add":
-        return None
-    products = [
-        value
-        for value in node.inputs
-        if value and (maker := value.producer()) and maker.op_type == "MatMul"
-    ]
-    return len(products[0].shape) if products and products[0].shape is not None else None
+        return 0
+    makers = ((value, value.producer()) for value in node.inputs if value is not None)
+    shapes = (value.shape for value, maker in makers if maker and maker.op_type == "MatMul")
+    return max((len(shape) for shape in shapes if shape is not None), default=0)
 
 
 def _give_out(graph_model: ir.Model, decisions: tuple[str, ...], plan: Plan) -> None:

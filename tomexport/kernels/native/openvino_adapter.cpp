@@ -63,7 +63,9 @@ template <class Operator> class Node : public ov::op::Op {
             auto [name, type, axes] = Operator::kOutputs[i];
             ov::PartialShape shape{};
             for (; *axes; ++axes) shape.push_back(*axes == '1' ? ov::Dimension(1) : sizes[*axes]);
-            set_output_type(i, element(type, real), shape);
+            // OpenVINO computes with integers of 32 bits, and would convert those of a file
+            const bool narrow = type == Type::kInteger && follows();
+            set_output_type(i, narrow ? ov::element::i32 : element(type, real), shape);
         }
     }
 
@@ -116,11 +118,9 @@ template <class Operator> class Node : public ov::op::Op {
     std::size_t n_inputs() const { return kNumInputs<Operator> + (follows() ? kFollowing : 0); }
     std::size_t n_outputs() const { return kNumOutputs<Operator> + (follows() ? kFollowing : 0); }
 
-    // Of a port. OpenVINO computes with integers of 32 bits, and converts those of a file.
-    ov::element::Type element(Type type, ov::element::Type real) const {
+    static ov::element::Type element(Type type, ov::element::Type real) {
         if (type == Type::kReal) return real;
-        if (type == Type::kFloat) return ov::element::f32;
-        return follows() ? ov::element::i32 : ov::element::i64;
+        return type == Type::kFloat ? ov::element::f32 : ov::element::i64;
     }
 
     // As Sizes::fit, of shapes that are not all known.
