@@ -334,6 +334,28 @@ def test_attention_inside_slices_costs_that_much_less() -> None:
     assert make(model, "none").steps[0].slices == 8
 
 
+def test_keys_of_the_whole_grid_cost_the_same_whatever_the_tokens() -> None:
+    cost = Cost(
+        3, 2, 5, query=1, norm_before=7, keys=4, fixed=100, fixed_query=30, norm_fixed=11
+    )  # fmt: skip
+    assert cost.macs(16, 12) == 3 * 16 + 2 * 16 * 4 + 5 * 12 + 100
+    assert cost.spared(16, 12, 1) == (1 + 2 * 4) * 15 + 5 * 11 + 30
+    assert cost.flops_slides(16, 12) == 2 * (3 * 16 + 5 * 12 + 100 + 4 * (7 * 16 + 11))
+
+
+def test_each_stage_has_prefix_tokens_of_its_own() -> None:
+    sites = (Site(0, 0, "a", 16, 0, 1, Cost(3, 2, 5)), Site(1, 0, "b", 5, 1, 1, Cost(3, 2, 5)))
+    plan = make(ModelCost("any", sites, fixed=0), "const:9")
+    assert [(step.n_prefix, step.tokens_out) for step in plan.steps] == [(0, 8), (1, 3)]
+    assert (plan.n_prefix, plan.steps[0].restored) == (1, 16)
+
+
+def test_steps_that_do_not_say_their_prefix_have_that_of_the_plan() -> None:
+    data = make(vit(), "const:8").to_dict()
+    data["sites"] = [{k: v for k, v in s.items() if k != "n_prefix"} for s in data["sites"]]
+    assert Plan.from_dict(data) == make(vit(), "const:8")
+
+
 def test_flops_of_the_slides_leave_out_attention_and_count_norms() -> None:
     cost = Cost(before=3, pair=2, after=5, norm_before=7, norm_after=11)
     sites = tuple(Site(0, i, f"b.{i}", 10, 1, 1, cost) for i in range(2))

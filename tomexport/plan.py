@@ -100,6 +100,11 @@ class Cost:
             and output projection, not key and value.
         slices: into how many equal runs the tokens are cut; attention stays inside each.
         norm_before, norm_after: elements that are normalised, per token that enters or leaves.
+        keys: how many keys each token attends to, where they are of the whole grid; None where they
+            are of the tokens.
+        fixed: what no token count changes (convolutions on the whole grid, keys and values of it).
+        fixed_query: the part of `fixed` that is done without if only prefix tokens are read.
+        norm_fixed: elements that are normalised whatever the token counts.
     """
 
     before: int
@@ -109,22 +114,31 @@ class Cost:
     slices: int = 1
     norm_before: int = 0
     norm_after: int = 0
+    keys: int | None = None
+    fixed: int = 0
+    fixed_query: int = 0
+    norm_fixed: int = 0
 
     def macs(self, tokens_in: int, tokens_out: int) -> int:
         """Return the MACs of a block that reduces between attention and MLP."""
-        pairs = tokens_in**2 // self.slices
-        return self.before * tokens_in + self.pair * pairs + self.after * tokens_out
+        pairs = tokens_in * self._keys(tokens_in) // self.slices
+        each = self.before * tokens_in + self.pair * pairs + self.after * tokens_out
+        return each + self.fixed
 
     def flops_slides(self, tokens_in: int, tokens_out: int) -> int:
         """Return the FLOPs of the same by the convention of `Plan.flops_slides`."""
-        products = self.before * tokens_in + self.after * tokens_out
-        elements = self.norm_before * tokens_in + self.norm_after * tokens_out
+        products = self.before * tokens_in + self.after * tokens_out + self.fixed
+        elements = self.norm_before * tokens_in + self.norm_after * tokens_out + self.norm_fixed
         return _flops_slides(products, elements)
 
     def spared(self, tokens_in: int, tokens_out: int, n_read: int) -> int:
         """Return the MACs of those that are spared if only n_read tokens are read afterwards."""
-        per_token = self.query + self.pair * tokens_in
-        return per_token * (tokens_in - n_read) + self.after * (tokens_out - n_read)
+        per_token = self.query + self.pair * self._keys(tokens_in)
+        each = per_token * (tokens_in - n_read) + self.after * (tokens_out - n_read)
+        return each + self.fixed_query
+
+    def _keys(self, tokens: int) -> int:
+        return tokens if self.keys is None else self.keys
 
 
 @dataclass(frozen=True)
@@ -471,6 +485,7 @@ class Step:
         place: where tokens are removed: "between" attention and MLP, or "before" the block, whose
             attention then sees `tokens_out`.
         pruned: how many of the removed are dropped rather than merged, where the schedule says so.
+        n_prefix: how many of the tokens, at the front, are never merged.
     """
 
     block: str
@@ -486,6 +501,7 @@ class Step:
     restored: int | None = None
     place: str = BETWEEN
     pruned: int = 0
+    n_prefix: int = 0
 
     @property
     def attended(self) -> int:
@@ -510,7 +526,7 @@ class Plan:
         model: name of the model.
         method: name of the reduction method.
         schedule: the schedule as text.
-        n_prefix: tokens that are never merged.
+        n_prefix: tokens that are never merged, in the last stage; each step has those of its own.
         steps: one per site, in order.
         macs: multiply-accumulates per image: convolutions, linear layers and attention.
         macs_unreduced: the same for the original model.
@@ -578,6 +594,7 @@ class Plan:
                     restored=site.tokens_first if stage_ends or come_back else None,
                     place=counting.place,
                     pruned=0 if budget is None else min(removed, max(0, tokens - budget[0])),
+                    n_prefix=site.n_prefix,
                 )
             )
         last = model.sites[-1]
@@ -632,7 +649,8 @@ class Plan:
         """Rebuild a plan from `to_dict`."""
         names = [field.name for field in dataclasses.fields(cls) if field.name in data]
         fields = {name: data[name] for name in names}
-        fields["steps"] = tuple(Step(**step) for step in data["sites"])
+        n_prefix = {"n_prefix": data["n_prefix"]}  # of steps that do not say their own
+        fields["steps"] = tuple(Step(**(n_prefix | step)) for step in data["sites"])
         fields["notes"] = tuple(data["notes"])
         return cls(**fields)
 

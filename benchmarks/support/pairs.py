@@ -65,6 +65,8 @@ REPRESENTATIVES: dict[str, tuple[str, dict[str, Any]]] = {
     "naflex": ("naflexvit_base_patch16_radio_v3", _NARROW),
     "lvvit": ("lvvit_s", {"depth": 3, "img_size": 96}),
     "sret": ("sret_t", {"img_size": 64}),
+    "pvt": ("pvt_tiny", {"img_size": 64}),
+    "cvt": ("cvt_13", {"depths": (1, 2, 3), "img_size": 64}),
     "signal": ("ast_tiny", {"depth": 3, "img_size": (66, 66)}),
 }
 _KEEP = "keep:0.7@1,2"

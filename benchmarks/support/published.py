@@ -11,6 +11,7 @@ from typing import NamedTuple
 import tomexport
 
 _CUT = "DynamicViT's page cuts the second digit off"
+_WHERE = "at which blocks, the slides do not say"
 _MEAN = "theirs is a mean over images that keep different numbers"
 
 
@@ -119,6 +120,13 @@ FIGURES = (
     Figure("dtps", "lvvit_s", "keep:0.5@4,8,12", "3.8", "82.6"),
     Figure("etps", "lvvit_s", "keep:0.5@4,8,12", "3.8", "82.5"),
     Figure("dynamicvit", "lvvit_m", "keep:0.7@5,10,15", "8.5", "83.82", _CUT),
+    Figure("", "pvt_tiny", "none", "1.94", "75.1"),
+    Figure("dtps", "pvt_tiny", "", "1.69", "75.2", _WHERE),
+    Figure("", "pvt_small", "none", "3.83", "79.8"),
+    Figure("dtps", "pvt_small", "", "3.14", "79.2", _WHERE),
+    Figure("", "cvt_13", "none", "4.58", "81.6"),
+    Figure("dtps", "cvt_13", "", "3.04", "80.8", _WHERE),
+    Figure("dtps", "cvt_21", "", "4.10", "80.9", _WHERE),
     Figure("tome", "vit_large_patch16_224", "const:8", "31.0", "85.09"),
     Figure("tome", "vit_huge_patch14_224", "const:7", "92.9", "86.46"),
     *(

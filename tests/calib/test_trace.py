@@ -16,12 +16,15 @@ from tomexport.plan import Plan, Step
 SIZE = (32, 48)  # pixels; 2 × 3 patches of 16
 
 
-def _step(tokens_in, removed, restored=None, stage=0):
-    out = tokens_in - removed
-    return Step("blocks.0", stage, 0, tokens_in, removed, removed, out, 1, restored=restored)
+def _step(tokens_in, removed, restored=None, stage=0, n_prefix=0):
+    return Step(
+        "blocks.0", stage, 0, tokens_in, removed, removed, tokens_in - removed, 1,
+        restored=restored, n_prefix=n_prefix,
+    )  # fmt: skip
 
 
-def _plan(*steps, n_prefix=0, macs_spared=0):
+def _plan(*steps, macs_spared=0):
+    n_prefix = steps[-1].n_prefix
     return Plan("model", "method", "schedule", n_prefix, steps, 1, 1, macs_spared)
 
 
@@ -31,7 +34,7 @@ def _groups(plan, *targets, size=SIZE):
 
 
 def test_maps_are_composed_and_numbered_by_first_patches():
-    plan = _plan(_step(7, 2), _step(5, 0), _step(5, 2), n_prefix=1)
+    plan = _plan(_step(7, 2, n_prefix=1), _step(5, 0, n_prefix=1), _step(5, 2, n_prefix=1))
     # patches 1 and 4, 0 and 5 merge; then 2 joins 1 and 4, and 3 joins 0 and 5
     first, second = [0, 4, 3, 1, 2, 3, 4], [0, 1, 2, 1, 2]
     assert _groups(plan, first, second) == [
@@ -64,14 +67,16 @@ def test_those_that_waited_come_back():
 
 def test_each_stage_has_a_grid_of_its_own():
     size = (32, 64)
-    plan = _plan(_step(8, 4, restored=8), _step(2, 0, stage=1), _step(2, 1, stage=1))
-    stages = list(frames(plan, [np.array([0, 0, 1, 1, 2, 2, 3, 3]), np.array([0, 0])], size))
+    # with a class token in the last
+    last = [_step(3, n, stage=1, n_prefix=1) for n in (0, 1)]
+    plan = _plan(_step(8, 4, restored=8), *last)
+    stages = list(frames(plan, [np.array([0, 0, 1, 1, 2, 2, 3, 3]), np.array([0, 1, 1])], size))
     assert [f.groups.tolist() for f in stages] == [
         [[0, 0, 1, 1], [2, 2, 3, 3]],
         [[0, 1]],
         [[0, 0]],
     ]
-    assert [f.tokens for f in stages] == [4, 2, 1]
+    assert [f.tokens for f in stages] == [4, 3, 2]
     assert not stages[0].waiting, "that a stage ends is no waiting"
 
 

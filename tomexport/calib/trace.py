@@ -145,7 +145,7 @@ def frames(plan: Plan, targets: Sequence[Array], size: tuple[int, int]) -> Itera
             slot = np.arange(step.tokens_in)
         if step.removed and (target := next(maps, None)) is not None:
             slot = np.where(slot == NOWHERE, NOWHERE, target.astype(np.int64)[slot])
-        patches = slot[plan.n_prefix :]
+        patches = slot[step.n_prefix :]
         yield Frame(
             layer=index,
             block=step.block,

@@ -20,6 +20,20 @@ def rows(x: Tensor, index: Tensor) -> Tensor:
     return taken
 
 
+def at_places(x: Tensor, slot: Tensor | None, n: int) -> Tensor:
+    """Give each of n places what its slot holds: x (B, M, C) → (B, N, C).
+
+    Args:
+        x: what the slots hold.
+        slot: (B, N) int32, the slot of each place; None where nobody chose: M slots then serve the
+            places evenly, and all of them as they are if there are as many.
+        n: how many places there are.
+    """
+    if slot is not None:
+        return rows(x, slot.long())
+    return x if x.shape[1] == n else x.index_select(1, torch.arange(n) * x.shape[1] // n)
+
+
 def entries(values: Tensor, index: Tensor) -> Tensor:
     """Take the entries of values (B, M) that index (B, N) names, (B, N); both int32."""
     if not torch.onnx.is_in_onnx_export():

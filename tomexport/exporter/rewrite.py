@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ from tomexport.artifact import TOKENS
 from tomexport.errors import PlanError, RewriteError
 from tomexport.exporter.families import family_of
 from tomexport.exporter.families.family import Family, Signals, Tokens
-from tomexport.exporter.gather import entries, rows
+from tomexport.exporter.gather import at_places, entries
 from tomexport.exporter.methods.method import Method, Reduced, View
 from tomexport.plan import BEFORE, BETWEEN, Plan, Step
 
@@ -78,6 +78,7 @@ class ReducedModel(nn.Module):
         self._calls = self._family.calls(self.net, plan.steps)
         self._method = method
         self._weighs_keys = prop_attn and method.sizes and method.weighs_keys
+        self._come_back = self._tokens or any(step.restored for step in plan.steps)
         self.own = nn.ModuleDict({str(i): each for i, each in enumerate(own) if each is not None})
         self.eval()
 
@@ -135,13 +136,14 @@ class ReducedModel(nn.Module):
         family, call, step = self._family, self._calls[at.done], self.plan.steps[at.done]
         is_last = step is self.plan.steps[-1] and not self._tokens
         n_out = family.n_read(self.net) if is_last else None
-        state = dataclasses.replace(at.state, targets=[*at.state.targets])
+        state = dataclasses.replace(at.state)
         x = before = at.x
         if step.place == BEFORE and step.removed:
             x = self._reduce(x, before, None, at.done, state, decisions)
         size = state.size if self._weighs_keys else None
-        x, signals = family.attention(call, Tokens(x, size, state.place), n_out)
-        if self._method.remember:
+        slot = state.slot if family.grid else None
+        x, signals = family.attention(call, Tokens(x, size, state.place, slot), n_out)
+        if self._method.remember and self.plan.removed_total:
             state.memory = self._method.remember(state.memory, signals, state.target)
         if step.place == BETWEEN and step.removed and n_out is None:
             x = self._reduce(x, before, signals, at.done, state, decisions)
@@ -162,8 +164,7 @@ class ReducedModel(nn.Module):
     def _each_patch(self, x: Tensor, state: _Stage) -> Tensor:
         """Give each patch, (B, N, C), what the slot holds that it ended in."""
         first = next(s for s in self.plan.steps if s.stage == self.plan.steps[-1].stage)
-        whole = _restored(x, state, first.tokens_in) if state.targets else x
-        return whole[:, self.plan.n_prefix :]
+        return _restored(x, state, first.tokens_in)[:, self.plan.n_prefix :]
 
     def _reduce(
         self, x: Tensor, before: Tensor, signals: Signals | None, index: int, state: _Stage,
@@ -173,12 +174,14 @@ class ReducedModel(nn.Module):
         size = x.new_ones(1, step.tokens_in, 1) if state.size is None else state.size
         own = self.own[key] if key in self.own else None  # noqa: SIM401  it has no get
         view = View(
-            x, before, size, signals, step, self.plan.n_prefix, self._family.raster, own,
+            x, before, size, signals, step, step.n_prefix, self._family.raster, own,
             index, len(self.plan.steps), state.memory,
         )  # fmt: skip
         left = self._method.reduce(view)
         state.size = left.size
-        state.targets.append(left.target)
+        state.target = left.target
+        if left.target is not None and (self._come_back or self._family.grid):
+            state.slot = _slots(left.target, state.slot)
         state.waiting = x if self._method.counting.waits else None
         if self._family.places:
             state.place = _places(left, state.place, step)
@@ -210,25 +213,25 @@ class _Stage:
     Attributes:
         size: of each token; None while nothing has been removed.
         place: where each is from; None while all are where they were.
-        targets: where tokens went, one map per reduction; None where nothing was chosen.
+        target: where tokens went last, (B, N); None while nothing was chosen.
+        slot: where those went that the stage began with, (B, N) int32, through all reductions;
+            None while nothing was chosen, and where none come back.
         waiting: all tokens as they were when some of them began to wait; None if none do.
         memory: what the method remembers; all stages share it.
     """
 
     size: Tensor | None = None
     place: Tensor | None = None
-    targets: list[Tensor | None] = field(default_factory=list)
+    target: Tensor | None = None
+    slot: Tensor | None = None
     waiting: Tensor | None = None
     memory: Tensor | None = None
-
-    @property
-    def target(self) -> Tensor | None:
-        """Where tokens went last; None while all are there."""
-        return self.targets[-1] if self.targets else None
 
 
 def _check_method(method: Method, plan: Plan, family: Family, output: str | None) -> None:
     """Refuse a method where it cannot do what is asked for."""
+    if not plan.removed_total:
+        return  # it is asked for nothing
     missing = sorted(set(method.needs) - set(family.signals))
     if missing:
         raise RewriteError(
@@ -240,7 +243,7 @@ def _check_method(method: Method, plan: Plan, family: Family, output: str | None
             f"{method.name} ranks tokens by what the class token attends to, and {plan.model} "
             "has none; take a method that compares tokens, like tome."
         )
-    dropped = (method.drops and plan.removed_total) or any(step.pruned for step in plan.steps)
+    dropped = method.drops or any(step.pruned for step in plan.steps)
     if dropped and output == TOKENS:
         raise RewriteError(
             f"{method.name} drops tokens here, so that the patches they stood for have no "
@@ -270,9 +273,15 @@ def _places(left: Reduced, place: Tensor | None, step: Step) -> Tensor:
         if left.leads is not None:
             priority = priority + n * left.leads
         slots = torch.arange(n_left, dtype=torch.int32)[:, None]
-        inside = left.target.int()[:, None, :] == slots  # (B, M, N); int32 as in `_restored`
+        inside = left.target.int()[:, None, :] == slots  # (B, M, N); int32 as in `_slots`
         leader = (inside * priority.expand(left.target.shape)[:, None, :]).argmax(dim=2)
     return leader if place is None else place.gather(1, leader)
+
+
+def _slots(target: Tensor, slot: Tensor | None) -> Tensor:
+    """Return where the tokens of the stage's start are, (B, N), after another reduction."""
+    # as int32: OpenVINO has no int64, and does not convert what operators of ours give
+    return target.int() if slot is None else entries(target.int(), slot)
 
 
 def _restored(x: Tensor, state: _Stage, n: int) -> Tensor:
@@ -280,18 +289,11 @@ def _restored(x: Tensor, state: _Stage, n: int) -> Tensor:
 
     Those that waited are as they were.
     """
-    # as int32: OpenVINO has no int64, and does not convert what operators of ours give
-    maps = [target.int() for target in state.targets if target is not None]
-    if not maps:
-        places = torch.arange(n) * x.shape[1] // n  # evenly
-        return x if x.shape[1] == n else x.index_select(1, places)
-    place = maps[0]  # (B, N)
-    for target in maps[1:]:
-        place = entries(target, place)
-    place = place.long()
-    if state.waiting is None:
-        return rows(x, place)
-    return torch.where(place[:, :, None] < 0, state.waiting, rows(x, place.clamp(min=0)))
+    slot = state.slot
+    if state.waiting is None or slot is None:
+        return at_places(x, slot, n)
+    back = at_places(x, slot.clamp(min=0), n)
+    return torch.where(slot[:, :, None] < 0, state.waiting, back)
 
 
 def private_copy(model: nn.Module) -> Any:

@@ -20,7 +20,8 @@ def seed_weights(model: nn.Module, seed: int) -> nn.Module:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             values = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim >= 2 and not name.endswith(("_token", "pos_embed", "latent")):
+            kind = name.rstrip("0123456789")  # PVT numbers its positions
+            if parameter.ndim >= 2 and not kind.endswith(("_token", "pos_embed", "latent")):
                 values *= parameter[0].numel() ** -0.5
             elif parameter.ndim == 1 and (
                 name.endswith(("weight", "gamma")) or ".coefficient" in name

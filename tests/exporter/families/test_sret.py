@@ -19,7 +19,7 @@ from tomexport.artifact import DOMAIN
 from tomexport.cli import cli
 from tomexport.errors import RewriteError
 from tomexport.exporter.models import sret
-from tomexport.exporter.rewrite import _restored, _Stage
+from tomexport.exporter.rewrite import _restored, _slots, _Stage
 
 HEADS = (2, 4, 8)
 TOLERANCE = 1e-5  # float32 against float64: measured 2e-6 of the largest output
@@ -211,7 +211,8 @@ def test_sizes_and_seeds_that_cannot_be(seeded):
 def test_tokens_come_back_through_all_maps():
     x = torch.tensor([10.0, 20, 30]).reshape(1, 3, 1)
     targets = [torch.tensor([[0, 1, 1, 2, 3]]), torch.tensor([[0, 1, 0, 2]])]
-    found = _restored(x, _Stage(targets=targets), 5)
+    slot = _slots(targets[1], _slots(targets[0], None))
+    found = _restored(x, _Stage(slot=slot), 5)
     assert found.flatten().tolist() == [10, 20, 20, 10, 30]
 
 

@@ -270,7 +270,7 @@ def _space(
     first = plan.steps[0]
     return Space(
         tuple(methods), tuple(dict.fromkeys(families)), tuple(precisions),
-        tokens=first.tokens_in - plan.n_prefix, n_calls=len(plan.steps),
+        tokens=first.tokens_in - first.n_prefix, n_calls=len(plan.steps),
     )  # fmt: skip
 
 

@@ -6,17 +6,19 @@ from torch import nn
 
 from tomexport.errors import RewriteError
 from tomexport.exporter.families.beit import BEIT
+from tomexport.exporter.families.cvt import CVT
 from tomexport.exporter.families.eva import EVA
 from tomexport.exporter.families.family import Family
 from tomexport.exporter.families.lvvit import LVVIT
 from tomexport.exporter.families.naflex import NAFLEX
 from tomexport.exporter.families.parallel import PARALLEL
+from tomexport.exporter.families.pvt import PVT
 from tomexport.exporter.families.relpos import RELPOS
 from tomexport.exporter.families.signal import SIGNAL
 from tomexport.exporter.families.sret import SRET
 from tomexport.exporter.families.vit import VIT
 
-FAMILIES = (PARALLEL, VIT, EVA, BEIT, RELPOS, NAFLEX, LVVIT, SRET, SIGNAL)
+FAMILIES = (PARALLEL, VIT, EVA, BEIT, RELPOS, NAFLEX, LVVIT, SRET, PVT, CVT, SIGNAL)
 
 
 def family_of(model: nn.Module) -> Family:

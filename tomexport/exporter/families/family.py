@@ -22,11 +22,14 @@ class Tokens(NamedTuple):
             agree; None where attention is not to weight by it.
         place: (B, N) int64, which token at the start of the stage each stands in the place of;
             None while each stands in its own, and in families whose attention reads no places.
+        slot: (B, N at the start of the stage) int32, the token that each of those went to; None
+            while nothing was chosen, and in families whose attention needs no grid.
     """
 
     x: Tensor
     size: Tensor | None = None
     place: Tensor | None = None
+    slot: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -35,13 +38,13 @@ class Signals:
 
     Attributes:
         keys, queries, values: (B, H, N, D), as projected: before any normalisation or rotation of
-            queries and keys; scaled or not.
+            queries and keys; scaled or not. None where they are not of the tokens.
         normed: (B, N, C), what was projected.
         class_attention: () → (B, H, N), what each head's class token pays to every token, after
             the softmax and with its bias.
     """
 
-    keys: Float[Tensor, "B H N D"]
+    keys: Float[Tensor, "B H N D"] | None = None
     queries: Tensor | None = None
     values: Tensor | None = None
     normed: Tensor | None = None
@@ -80,8 +83,10 @@ class Family:
             stage before; None in families of one stage.
         raster: whether tokens must keep the order of their places in the image, because the
             attention reads it; a merged token stands where its first one stood.
-        places: whether attention reads where tokens are from (rotary or relative positions), so
-            that it must be told the place of each.
+        places: whether attention reads where tokens are from (rotary or relative positions,
+            queries convolved), so that it must be told the place of each.
+        grid: whether attention convolves the whole grid, so that it must be told which token each
+            place's went to.
     """
 
     name: str
@@ -107,6 +112,7 @@ class Family:
     downsample: Callable[[nn.Module, int, Tensor], Tensor] | None = None
     raster: bool = False
     places: bool = False
+    grid: bool = False
 
 
 def linear_macs(module: nn.Module | None) -> int:

@@ -35,7 +35,9 @@ def _keep(share: float, tokens: int, site: Site) -> int:
 
 def _choose(view: View) -> Choice:
     n_prefix, r = view.n_prefix, view.step.removed
-    metric = view.attended.keys.mean(dim=1)[:, n_prefix:]  # (B, T, D)
+    keys = view.attended.keys
+    assert keys is not None
+    metric = keys.mean(dim=1)[:, n_prefix:]  # (B, T, D)
     metric = metric / metric.norm(dim=2, keepdim=True)
     energy = _energy(metric, _MARGIN * (1 - view.call / view.n_calls))
     rank = ranks(energy)

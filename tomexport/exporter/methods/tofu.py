@@ -22,6 +22,7 @@ from tomexport.plan import TWO_SET
 
 def _reduce(view: View) -> Reduced:
     keys = view.attended.keys
+    assert keys is not None
     step, n_prefix = view.step, view.n_prefix
     metric = keys.mean(dim=1)
     metric = metric / metric.norm(dim=2, keepdim=True)

@@ -1,5 +1,5 @@
 """Networks that timm has not, one file each; they join timm's registry under names of their own."""
 
-from tomexport.exporter.models import ast, lvvit, sret, videomae
+from tomexport.exporter.models import ast, cvt, lvvit, pvt, sret, videomae
 
-MODELS = (sret, lvvit, videomae, ast)
+MODELS = (sret, lvvit, pvt, cvt, videomae, ast)
