@@ -86,6 +86,17 @@ def test_custom_file_has_one_node_per_reduction_with_a_body(exported, seeded):
         assert not BANNED & {node.op_type for node in function.node}
 
 
+@pytest.mark.parametrize(
+    ("method", "kinds"), [("topk", ["Rank", "Reduce"]), ("random", ["Reduce"])]
+)
+def test_ranking_is_a_node_that_decides_nothing(exported, seeded, method, kinds):
+    path, model = exported(seeded("test_vit"), "list:8,0,8,8", method=method)
+    nodes = [node for node in model.graph.node if node.domain == DOMAIN]
+    assert [node.op_type for node in nodes] == kinds * 3
+    decisions = ("decision_0", "decision_1", "decision_2") if "Rank" in kinds else ()
+    assert pipeline.describe(path).decisions == decisions
+
+
 def test_equal_sites_share_a_body(exported, seeded):
     _, model = exported(seeded("test_vit"), "exp:0.25,0")
     assert len(model.functions) == 1

@@ -5,6 +5,7 @@
 // among them; a result is all outputs. Every array has a heap block of exactly its size, so that
 // sanitizers see each step past its end.
 
+#include <array>
 #include <cstdio>
 #include <cstring>
 #include <fstream>
@@ -49,7 +50,7 @@ void backwards(void *, Threads::Task task, std::size_t n, void *data) {
 // What follows is computed only if it is asked for.
 template <class T, class Operator>
 std::vector<Array> compute(const Operator &op, Call call, bool follows, const Threads &threads) {
-    const std::size_t n_out = kNumOutputs<Operator> + (follows ? kFollowing : 0);
+    const std::size_t n_out = kNumOutputs<Operator> + (follows ? kFollowing<Operator> : 0);
     for (std::size_t i = kNumInputs<Operator>; !follows && i < kMostPorts; ++i) call.in[i] = nullptr;
     std::vector<Array> out;
     for (std::size_t i = 0; i < n_out; ++i) {
@@ -63,9 +64,9 @@ std::vector<Array> compute(const Operator &op, Call call, bool follows, const Th
 
 template <class T, class Operator>
 std::string run_case(bool narrow, std::istream &in, std::ostream &out) {
-    std::int64_t attributes[std::size(Operator::kAttributes)];
+    std::array<std::int64_t, std::size(Operator::kAttributes)> attributes;
     for (std::int64_t &attribute : attributes) attribute = number(in);
-    const Operator op(attributes);
+    const Operator op(attributes.data());
     Call call;
     call.narrow = narrow, call.epsilon = kEpsilon;
     std::vector<Array> given;

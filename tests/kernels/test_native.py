@@ -10,7 +10,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ from tomexport.kernels import build
 from tomexport.kernels.build import Target
 from tomexport.kernels.merge import reference
 from tomexport.kernels.merge.cases import Case
-from tomexport.kernels.operators import MERGE, OPERATORS, REDUCE, Operator
+from tomexport.kernels.operators import MERGE, OPERATORS, RANK, REDUCE, Operator
+from tomexport.kernels.rank.cases import Case as RankCase
 from tomexport.kernels.reduce.cases import Case as ReduceCase
 from tomexport.runtime.load import BACKENDS
 from tomexport.runtime.machine import machine
@@ -40,6 +41,7 @@ HARNESS = Path(__file__).parent / "native_cases.cpp"
 EPSILON = 1e-6  # of the LayerNorm in native_cases.cpp
 UNDECIDED = 1e-6  # of a cosine in float32; a smaller margin decides nothing
 REAL = ("x", "signal")  # inputs that can be bfloat16
+WHOLE = ("target", "rank", "order")  # what is a whole number for each token
 DIMS = {  # of each input, where any number will do
     "x": ("B", "N", "C"),
     "size": ("S", "N", 1),
@@ -47,6 +49,7 @@ DIMS = {  # of each input, where any number will do
     "mass": ("B", "N", 1),
     "target": ("B", "N"),
     "weight": ("B", "N", 1),
+    "score": ("B", "N"),
 }
 
 
@@ -55,50 +58,56 @@ DIMS = {  # of each input, where any number will do
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One call of a kernel, in float32 or bfloat16. `exact`: no sum in it is rounded."""
+    """One call of a kernel.
+
+    Attributes:
+        exact: no sum in it is rounded.
+        narrow: reals are bfloat16 and integers have 32 bits, as in OpenVINO.
+    """
 
     name: str
     operator: Operator
     attributes: dict[str, int]
     inputs: tuple[Tensor, ...]
     exact: bool = False
+    narrow: bool = False
 
     @property
     def x(self) -> Tensor:
-        return self.inputs[0]
+        return self.given("x")
 
     @property
-    def is_bfloat16(self) -> bool:
-        return self.x.dtype == torch.bfloat16
+    def n_tokens(self) -> int:
+        return self.inputs[0].shape[1]
+
+    @property
+    def reduces(self) -> bool:
+        return "x" in self.operator.inputs
 
     def given(self, name: str) -> Tensor:
         return self.inputs[self.operator.inputs.index(name)]
 
-    def bfloat16(self) -> Job:
-        """The same as OpenVINO has it, which computes with integers of 32 bits."""
+    def narrowed(self) -> Job:
         inputs = [
             tensor.bfloat16() if name in REAL else tensor.int() if is_integer(tensor) else tensor
             for name, tensor in zip(self.operator.inputs, self.inputs, strict=True)
         ]
-        return replace(self, name=f"{self.name}-bf16", inputs=tuple(inputs))
+        return replace(self, name=f"{self.name}-narrow", inputs=tuple(inputs), narrow=True)
 
     def pack(self) -> bytes:
         """Return it as native_cases.cpp reads it."""
         arrays = (*self.inputs, *self.affine)
         attributes = [self.attributes.get(name, 0) for name in self.operator.attributes]
-        numbers = [
-            self.is_bfloat16,
-            self.is_bfloat16,
-            *attributes,
-            *(n for a in arrays for n in a.shape),
-        ]
+        numbers = [self.narrow, self.narrow, *attributes, *(n for a in arrays for n in a.shape)]
         parts = (torch.tensor(numbers, dtype=torch.int64), *arrays)
         content = b"".join(p.contiguous().view(torch.uint8).numpy().tobytes() for p in parts)
         return self.operator.name.encode().ljust(16, b"\0") + content
 
     @property
-    def affine(self) -> tuple[Tensor, Tensor]:
-        """Weight and offset of the LayerNorm that follows, (C,) each."""
+    def affine(self) -> tuple[Tensor, ...]:
+        """Weight and offset of the LayerNorm that follows, (C,) each; none where there is none."""
+        if not self.reduces:
+            return ()
         index = torch.arange(self.x.shape[2]).float()
         return 1 + index % 7 / 8, index % 5 - 2
 
@@ -109,36 +118,38 @@ class Job:
             content = bytearray(file.read(torch.Size(shape).numel() * dtype.itemsize))
             return torch.frombuffer(content, dtype=dtype).reshape(shape)
 
-        b, n, c = self.x.shape
-        m, real = n - self.attributes["r"], self.x.dtype
-        own = {
-            "x": ((b, m, c), real),
-            "size": ((b, m, 1), torch.float32),
-            "target": ((b, n), torch.int32 if self.is_bfloat16 else torch.int64),
-        }
-        following = ((b, m, c), real), ((b, m, 1), real)
-        return [
-            read(*each) for each in (*(own[name] for name in self.operator.outputs), *following)
-        ]
+        b, n, *c = self.inputs[0].shape
+        kinds = dict.fromkeys(WHOLE, ((b, n), torch.int32 if self.narrow else torch.int64))
+        names = self.operator.outputs
+        if self.reduces:
+            m, real = n - self.attributes["r"], self.x.dtype
+            kinds |= {"x": ((b, m, *c), real), "size": ((b, m, 1), torch.float32)}
+            kinds |= {"norm": ((b, m, *c), real), "log_size": ((b, m, 1), real)}
+            names = (*names, "norm", "log_size")
+        return [read(*kinds[name]) for name in names]
 
     @cached_property
     def expected(self) -> tuple[Tensor, ...]:
-        n_slots = self.x.shape[1] - self.attributes["r"]
+        n_slots = self.n_tokens - self.attributes.get("r", 0)
         inputs = (
             t.long().where(t < n_slots, -1) if is_integer(t) else t.float() for t in self.inputs
         )
         return self.operator.reference(*inputs, **self.attributes)
 
     def check(self, found: Sequence[Tensor]) -> None:
-        """Targets and sizes, whole numbers, are identical; values are close."""
-        x, *others = self.expected
-        for one, other in zip(found[1:], others, strict=True):
-            np.testing.assert_array_equal(one, other, self.name)
-        rounded = x.to(self.x.dtype).float()
+        """Tokens are close; all else, whole numbers, is identical."""
+        for name, one, other in zip(self.operator.outputs, found, self.expected, strict=True):
+            if name == "x":
+                self.check_tokens(one, other)
+            else:
+                np.testing.assert_array_equal(one, other, self.name)
+
+    def check_tokens(self, found: Tensor, expected: Tensor) -> None:
+        rounded = expected.to(self.x.dtype).float()
         largest = float(rounded[rounded.isfinite()].abs().max())
         step = 2.0**-7 if self.x.dtype == torch.bfloat16 else 0  # from one bfloat16 to the next
         np.testing.assert_allclose(
-            found[0].float(),
+            found.float(),
             rounded,
             rtol=0 if self.exact else step,
             atol=0 if self.exact else self.operator.tolerance * largest,
@@ -227,7 +238,7 @@ def jobs() -> list[Job]:
         *(*own, *one_size, *map(signs_job, range(200)), halves_job(), odd_values_job()),
         *(*map(weights_job, (0, 1)), outside_job()),
     ]
-    return [*float32, *(job.bfloat16() for job in float32 if job.x.shape[1] < 1000)]
+    return [*float32, *(job.narrowed() for job in float32 if job.n_tokens < 1000)]
 
 
 def test_every_job_is_decided() -> None:
@@ -320,9 +331,10 @@ def test_the_kernel_computes_the_reference(
     assert done.returncode == 0, done.stderr
     with results.open("rb") as file:
         for job in jobs():
-            *own, norm, log_size = job.unpack(file)
-            job.check(own)
-            job.check_what_follows(own[0], own[1], norm, log_size)
+            found, n = job.unpack(file), len(job.operator.outputs)
+            job.check(found[:n])
+            if job.reduces:
+                job.check_what_follows(*found[:2], *found[n:])
         assert not file.read(1)
 
 
@@ -346,7 +358,7 @@ def node_alone(
     """A model of one node that has no body: nothing but a kernel can compute it."""
 
     def value(name: str, shape: tuple | None) -> onnx.ValueInfoProto:
-        whole = name.startswith("target")
+        whole = name.removesuffix("_out") in WHOLE
         return helper.make_tensor_value_info(name, TensorProto.INT64 if whole else dtype, shape)
 
     inputs = operator.inputs[: len(operator.inputs) - left_out]
@@ -421,8 +433,15 @@ def check(operator: Operator, case: Any, inputs: list[np.ndarray], found: list[n
 EXAMPLES = {
     "Merge": Case(197, 16, 1, groups=3, dim=64, channels=192),
     "Reduce": ReduceCase(197, 57, channels=192, dropped=20),
+    "Rank": RankCase(196),
 }
 each_operator = pytest.mark.parametrize("operator", OPERATORS, ids=lambda each: each.name)
+each_reduction = pytest.mark.parametrize("operator", [MERGE, REDUCE], ids=lambda each: each.name)
+
+
+def changed(case: Any, **sizes: int) -> Any:
+    """A case with other sizes, as far as it has them."""
+    return replace(case, **{name: n for name, n in sizes.items() if name in asdict(case)})
 
 
 def test_every_operator_has_an_example() -> None:
@@ -454,18 +473,10 @@ def test_one_size_serves_all_images(session: Callable, r: int) -> None:
 
 @each_operator
 def test_sizes_may_change_from_call_to_call(session: Callable, operator: Operator) -> None:
-    example = replace(
-        EXAMPLES[operator.name], r=8, **({"dropped": 3} if operator is REDUCE else {})
-    )
+    example = changed(EXAMPLES[operator.name], r=8, dropped=3)
     call = session(node_alone(operator, example.attributes))
-    for n, batch, more in [
-        (40, 1, {"groups": 1, "dim": 16}),
-        (300, 3, {"groups": 2, "dim": 9}),
-        (17, 1, {"groups": 12, "dim": 64}),
-        (150, 2, {"groups": 1, "dim": 5}),
-    ]:
-        more = more if operator is MERGE else {}
-        case = replace(example, n=n, batch=batch, channels=n // 3, **more)
+    for n, batch, groups, dim in [(40, 1, 1, 16), (300, 3, 2, 9), (17, 1, 12, 64), (150, 2, 1, 5)]:
+        case = changed(example, n=n, batch=batch, channels=n // 3, groups=groups, dim=dim)
         check(operator, case, arrays(case), call(arrays(case)))
 
 
@@ -480,9 +491,9 @@ def test_the_kernel_wins_over_the_body(session: Callable) -> None:
 
 
 @pytest.mark.openvino
-@each_operator
+@each_reduction
 def test_openvino_computes_bfloat16(libraries: dict[str, Path], operator: Operator) -> None:
-    job = job_of(operator, replace(EXAMPLES[operator.name], batch=3)).bfloat16()
+    job = job_of(operator, replace(EXAMPLES[operator.name], batch=3)).narrowed()
     model = onnx.load_from_string(node_alone(operator, job.attributes))
     for port in (*model.graph.input, model.graph.output[0]):
         if port.name in (*REAL, "x_out"):
@@ -543,6 +554,7 @@ FITTING = {
     "mass": (2, 41, 1),
     "target": (2, 41),
     "weight": (2, 41, 1),
+    "score": (2, 41),
 }
 
 
@@ -564,6 +576,8 @@ FITTING = {
         (REDUCE, "target", (2, 40)),
         (REDUCE, "target", (2, 41, 1)),
         (REDUCE, "weight", (2, 41)),
+        (RANK, "score", (41,)),
+        (RANK, "score", (2, 41, 1)),
     ],
 )
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -576,7 +590,8 @@ def test_shapes_that_do_not_fit(
     wanted = ", ".join(
         f"{n} ({','.join(map(str, DIMS[n]))})".replace("S", "B") for n in operator.inputs
     )
-    model = node_alone(operator, {**EXAMPLES[operator.name].attributes, "r": 8}, dims=dims)
+    attributes = changed(EXAMPLES[operator.name], r=8).attributes
+    model = node_alone(operator, attributes, dims=dims)
     refuse(session, model, inputs, re.escape(f"{wanted} wanted"))
 
 

@@ -104,7 +104,8 @@ def test_without_bfloat16_no_type_changes(read):
 
 @pytest.mark.parametrize("precision", ["f32", "bf16"])
 @pytest.mark.parametrize(
-    ("schedule", "method"), [("const:8", None), ("exp:0.25,0", None), ("keep:0.7@1,3", "evit")]
+    ("schedule", "method"),
+    [("const:8", None), ("exp:0.25,0", None), ("keep:0.7@1,3", "evit"), ("const:8", "diffrate")],
 )
 def test_any_batch_gives_the_same(
     fused, seeded, natural_images, tmp_path, precision, schedule, method

@@ -106,22 +106,22 @@ def _trace(model: ReducedModel, batch: int | None, opset: int) -> ir.Model:
 
 def _attach_bodies(graph_model: ir.Model, opset: int) -> tuple[str, ...]:
     """Give every node of our domain its function, and its target map, if it decides, a name."""
-    decisions = []
+    decisions: list[str] = []
     nodes = [node for node in graph_model.graph if node.domain == DOMAIN]
     for index, node in enumerate(nodes):
         operator = pick("operator", OPERATORS, node.op_type)
-        x, target = node.inputs[0], operator.decision(node)
-        assert x is not None
-        assert x.shape is not None
-        n_tokens = x.shape[1]
+        first, target = node.inputs[0], operator.decision(node)
+        assert first is not None
+        assert first.shape is not None
+        n_tokens = first.shape[1]
         assert isinstance(n_tokens, int)
         given = {name: value.as_int() for name, value in node.attributes.items()}
         function = operator.body(n_tokens, opset, given)
         graph_model.functions[function.identifier()] = function
         node.overload = function.overload
         node.name = f"{DOMAIN}/{operator.name}_{index}"
-        if not given.get("fixed"):
-            target.name = f"decision_{index}"
+        if target is not None and not given.get("fixed"):
+            target.name = f"decision_{len(decisions)}"
             decisions.append(target.name)
     graph_model.opset_imports[DOMAIN] = 1
     return tuple(decisions)

@@ -19,6 +19,9 @@ from tomexport.artifact import DOMAIN
 from tomexport.kernels.merge import function as merge_function
 from tomexport.kernels.merge import reference as merge_reference
 from tomexport.kernels.merge.cases import cases as merge_cases
+from tomexport.kernels.rank import function as rank_function
+from tomexport.kernels.rank import reference as rank_reference
+from tomexport.kernels.rank.cases import cases as rank_cases
 from tomexport.kernels.reduce import function as reduce_function
 from tomexport.kernels.reduce import reference as reduce_reference
 from tomexport.kernels.reduce.cases import cases as reduce_cases
@@ -28,16 +31,18 @@ _FLOAT, _INT64 = ir.DataType.FLOAT.value, ir.DataType.INT64.value
 
 @dataclass(frozen=True)
 class Operator:
-    """A reduction of tokens in all its forms: (x, …) → (x, size, …).
+    """A part of token reduction in all its forms.
 
-    Every operator takes x (B, N, C) first and removes r tokens; it gives x (B, N − r, C) and the
-    sizes (B, N − r, 1). "target", the slot of each token (B, N), is among what it takes or gives.
+    What an operator takes first is of N tokens, (B, N, …). One that reduces takes x (B, N, C) and
+    removes r tokens: it gives x (B, N − r, C) and the sizes (B, N − r, 1), and "target", the slot
+    of each token, is among what it takes or gives. All else that is given is a whole number for
+    each token, (B, N).
 
     Attributes:
         name: op type of its node, in the domain of tomexport.
-        inputs: names of its inputs, "x" first.
-        outputs: names of its outputs: "x", "size", and "target" if it decides itself.
-        attributes: its integer attributes, "r" among them.
+        inputs: names of its inputs, "x" first if it reduces.
+        outputs: names of its outputs: "x" and "size" if it reduces, "target" if it decides then.
+        attributes: its integer attributes, "r" among them if it reduces.
         optional: those that nodes can leave out, and what they are then.
         reference: the torch form.
         function: traces the standard-ONNX form with an onnxscript builder; is told n and the
@@ -58,31 +63,29 @@ class Operator:
     tolerance: float = 1e-6
 
     def __call__(self, *inputs: Tensor, **attributes: int) -> tuple[Tensor, ...]:
-        """Remove r tokens: run the reference, or emit the node if the model is being exported."""
+        """Run the reference, or emit the node if the model is being exported."""
         if not torch.onnx.is_in_onnx_export():
             return self.reference(*inputs, **attributes)
-        n_batch, n, n_channels = inputs[0].shape
-        n_out = n - attributes["r"]
-        shapes = ((n_batch, n_out, n_channels), (n_batch, n_out, 1), (n_batch, n))
-        n_outputs = len(self.outputs)
+        n_batch, n, *n_channels = inputs[0].shape
+        left = (n_batch, n - attributes.get("r", 0))
+        kinds = {"x": (_FLOAT, (*left, *n_channels)), "size": (_FLOAT, (*left, 1))}
+        given = [kinds.get(name, (_INT64, (n_batch, n))) for name in self.outputs]
         outputs = torch.onnx.ops.symbolic_multi_out(
             f"{DOMAIN}::{self.name}",
             inputs,
             # what is as it would be without stays out, so that nodes are as they were before it
             {k: int(v) for k, v in attributes.items() if self.optional.get(k) != v},
-            dtypes=(_FLOAT, _FLOAT, _INT64)[:n_outputs],
-            shapes=shapes[:n_outputs],
+            dtypes=[dtype for dtype, _ in given],
+            shapes=[shape for _, shape in given],
             version=1,
         )
         return tuple(outputs)
 
-    def decision(self, node: ir.Node) -> ir.Value:
-        """Return the value of a node that says which slot each token goes to."""
+    def decision(self, node: ir.Node) -> ir.Value | None:
+        """Return the value of a node that says which slot each token goes to, if it reduces."""
         if "target" in self.outputs:
             return node.outputs[self.outputs.index("target")]
-        value = node.inputs[self.inputs.index("target")]
-        assert value is not None
-        return value
+        return node.inputs[self.inputs.index("target")] if "target" in self.inputs else None
 
     def body(self, n: int, opset: int, given: Mapping[str, int]) -> ir.Function:
         """Return the function of a node for n tokens, all sizes baked in.
@@ -131,4 +134,15 @@ REDUCE = Operator(
     cases=reduce_cases,
 )
 
-OPERATORS = (MERGE, REDUCE)
+RANK = Operator(
+    name="Rank",
+    inputs=("score",),
+    outputs=("rank", "order"),
+    attributes=(),
+    optional={},
+    reference=rank_reference.rank,
+    function=rank_function.rank,
+    cases=rank_cases,
+)
+
+OPERATORS = (MERGE, REDUCE, RANK)

@@ -8,7 +8,6 @@ import torch
 import tomexport
 from tests.exporter.methods import by_hand
 from tests.exporter.methods.by_hand import Block
-from tomexport.exporter.methods.selection import inverse
 
 NAME = "deit_tiny_patch16_224"
 # two implementations in float32: measured 2e-6 of the largest output
@@ -62,7 +61,3 @@ def test_counts_are_shares_of_the_first():
     plan = tomexport.plan("deit_small_patch16_224", "keep:0.7@3,6,9", method="etps")
     assert [plan.steps[place].tokens_out for place in (3, 6, 9)] == [138, 97, 68]
     assert plan.macs / 1e9 == pytest.approx(3.0, rel=0.01)
-
-
-def test_where_tokens_stand():
-    assert inverse(torch.tensor([[2, 0, 3, 1]])).tolist() == [[1, 3, 0, 2]]

@@ -14,7 +14,7 @@ from tests.exporter.methods import by_hand
 from tests.exporter.methods.by_hand import Block
 from tomexport.errors import PlanError, RewriteError, UnknownNameError
 from tomexport.exporter.methods.method import View
-from tomexport.exporter.methods.selection import ranks, squeeze_best
+from tomexport.exporter.methods.selection import squeeze_best
 
 NAME = "deit_tiny_patch16_224"
 # two implementations in float32, 12 blocks: measured 2e-6 of the largest output
@@ -115,18 +115,6 @@ def test_files_are_proven(seeded, tmp_path, method, suffix):
     assert len(report.metadata.decisions) == (0 if method == "random" else 2)
     if suffix == ".onnx":
         assert {run.name.split()[0] for run in report.verify.runs} == {"onnxruntime", "openvino"}
-
-
-def test_ties_go_to_the_lower_index():
-    score = torch.tensor([[0.5, 1.0, 0.5, 1.0, 0.0]])
-    assert ranks(score).tolist() == [[2, 0, 3, 1, 4]]
-
-
-def test_ranks_of_many_are_a_permutation():
-    score = torch.from_numpy(np.random.default_rng(0).integers(0, 9, (3, 197)).astype("f"))
-    expected = score.numpy().argsort(axis=1, kind="stable")  # ascending, so of the negative
-    expected = (-score.numpy()).argsort(axis=1, kind="stable").argsort(axis=1)
-    np.testing.assert_array_equal(ranks(score), expected)
 
 
 @pytest.mark.parametrize(

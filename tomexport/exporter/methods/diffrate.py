@@ -17,14 +17,8 @@ from torch import Tensor
 
 from tomexport.exporter.gather import rows
 from tomexport.exporter.methods.method import Choice, Method, View, by_choice
-from tomexport.exporter.methods.selection import (
-    NOWHERE,
-    class_score,
-    host_gap,
-    inverse,
-    order_gap,
-    ranks,
-)
+from tomexport.exporter.methods.selection import NOWHERE, class_score, host_gap, order_gap
+from tomexport.kernels.operators import RANK
 from tomexport.plan import Counting, all_but_one
 
 
@@ -33,9 +27,9 @@ def _choose(view: View) -> Choice:
     score = class_score(view)
     n_batch, n = score.shape
     n_left, n_joining = step.tokens_out - n_prefix, step.removed - step.pruned
-    rank = ranks(score)
+    rank, order = RANK(score)
     x = view.x[:, n_prefix:]
-    ordered = rows(x / x.norm(dim=2, keepdim=True), inverse(rank))
+    ordered = rows(x / x.norm(dim=2, keepdim=True), order)
     alike = ordered[:, n_left : n_left + n_joining] @ ordered[:, :n_left].mT
     stay = torch.arange(step.tokens_out).expand(n_batch, -1)
     slots, shares = [stay], [score.new_ones(n_batch, step.tokens_out)]

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tomexport.exporter.methods.selection import ranks
 from tomexport.kernels.merge.reference import parities
+from tomexport.kernels.operators import RANK
 
 Positions = NDArray[np.int64]
 
@@ -54,7 +54,7 @@ def match(scores: Tensor, sets: Sets, r: int, n_prefix: int) -> Matching:
             without one it is ordered by score, as in ToMe.
     """
     n_batch, n_a, n_b = scores.shape
-    rank = ranks(scores.amax(dim=2))
+    rank, _ = RANK(scores.amax(dim=2))
     goes = rank < r
     first_b = n_prefix + n_a - r
     stays = n_prefix + torch.arange(n_a) - goes.long().cumsum(dim=1) if n_prefix else rank - r

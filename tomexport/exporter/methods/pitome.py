@@ -21,8 +21,9 @@ from torch.nn import functional
 from tomexport.exporter.gather import rows
 from tomexport.exporter.methods.matching import Sets, match
 from tomexport.exporter.methods.method import Choice, Method, View, by_choice
-from tomexport.exporter.methods.selection import inverse, order_gap, ranks
+from tomexport.exporter.methods.selection import order_gap
 from tomexport.kernels.merge.reference import margin_of
+from tomexport.kernels.operators import RANK
 from tomexport.plan import Counting, Site, two_set_limit
 
 _MARGIN = 0.75  # of the first block
@@ -40,8 +41,8 @@ def _choose(view: View) -> Choice:
     metric = keys.mean(dim=1)[:, n_prefix:]  # (B, T, D)
     metric = metric / metric.norm(dim=2, keepdim=True)
     energy = _energy(metric, _MARGIN * (1 - view.call / view.n_calls))
-    rank = ranks(energy)
-    ordered = rows(metric, inverse(rank))
+    rank, order = RANK(energy)
+    ordered = rows(metric, order)
     late = view.call >= math.ceil(view.n_calls / 2)
     n = 2 * r if late else metric.shape[1]  # how many can merge
     scores = ordered[:, 0:n:2] @ ordered[:, 1:n:2].mT

@@ -10,15 +10,21 @@ import numpy as np
 import torch
 
 from tomexport.exporter.methods.method import Choice, Method, View, by_choice
-from tomexport.exporter.methods.selection import keep_best
+from tomexport.exporter.methods.selection import NOWHERE
 from tomexport.plan import Counting, all_but_one
 
 
 def _choose(view: View) -> Choice:
-    n = view.step.tokens_in - view.n_prefix
-    order = torch.from_numpy(np.random.default_rng(n).permutation(n)).float()
-    choice = keep_best(view, order.expand(view.x.shape[0], n))
-    return choice._replace(margin=None)
+    n_prefix, n_out, n_in = view.n_prefix, view.step.tokens_out, view.step.tokens_in
+    n = n_in - n_prefix
+    slot = n_in - 1 - np.random.default_rng(n).permutation(n)  # the highest number comes first
+    target = np.concatenate([np.arange(n_prefix), np.where(slot < n_out, slot, NOWHERE)])
+    return Choice(
+        target=torch.from_numpy(target).expand(view.x.shape[0], n_in),
+        weight=view.x.new_ones(1, n_in),
+        mean=False,
+        margin=None,
+    )
 
 
 RANDOM = Method(

@@ -1,6 +1,6 @@
 """What methods share that rank tokens and keep the best.
 
-All of it is traced for export: static shapes, no sorting, ties to the lower index.
+All of it is traced for export: static shapes, ties to the lower index.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tomexport.exporter.gather import rows
 from tomexport.exporter.methods.method import Choice, View
+from tomexport.kernels.operators import RANK
 
 NOWHERE = -1
 _EPSILON = 1e-6
@@ -36,7 +37,7 @@ def keep_best(view: View, score: Tensor, *, fuse: bool = False) -> Choice:
     """
     n_prefix, n_batch = view.n_prefix, score.shape[0]
     n_kept = view.step.tokens_out - n_prefix - fuse
-    rank = ranks(score)
+    rank, _ = RANK(score)
     others = n_prefix + n_kept if fuse else NOWHERE
     slot = torch.where(rank < n_kept, n_prefix + rank, others)
     weight = torch.where(rank < n_kept, 1.0, score)
@@ -63,9 +64,9 @@ def squeeze_best(view: View, score: Tensor) -> Choice:
     """
     n_prefix, n_batch = view.n_prefix, score.shape[0]
     n_kept = view.step.tokens_out - n_prefix
-    rank = ranks(score)
+    rank, order = RANK(score)
     x = view.x[:, n_prefix:]
-    ordered = rows(x / (x.norm(dim=2, keepdim=True) + _EPSILON), inverse(rank))
+    ordered = rows(x / (x.norm(dim=2, keepdim=True) + _EPSILON), order)
     alike = ordered[:, n_kept:] @ ordered[:, :n_kept].mT  # (B, those that go, kept)
     stay = torch.arange(view.step.tokens_out).expand(n_batch, -1)
     slot = torch.cat([stay, n_prefix + alike.argmax(dim=2)], dim=1)
@@ -81,36 +82,12 @@ def squeeze_best(view: View, score: Tensor) -> Choice:
     )
 
 
-def inverse(permutation: Tensor) -> Tensor:
-    """Return where each of 0 … N − 1 stands in a permutation, (B, N) int64."""
-    numbers = torch.arange(permutation.shape[1])
-    here = permutation[:, None, :] == numbers[:, None]
-    return torch.where(here, numbers, 0).sum(dim=2)
-
-
 def host_gap(alike: Tensor) -> Tensor:
     """Return by how much the nearest other host was less alike, (B,)."""
     if alike.shape[2] < 2:
         return alike.new_full((alike.shape[0],), torch.inf)
     best = alike.topk(2, dim=2).values
     return (best[:, :, 0] - best[:, :, 1]).amin(dim=1)
-
-
-def ranks(score: Tensor) -> Tensor:
-    """Return how many tokens are ahead of each: higher score, or the same and a lower index.
-
-    Comparisons and sums only: sorting keeps no order of ties in some runtimes.
-
-    Args:
-        score: (B, N).
-
-    Returns: (B, N) int64, a permutation of 0 … N − 1 unless scores are NaN.
-    """
-    n = score.shape[1]
-    mine, other = score[:, :, None], score[:, None, :]
-    earlier = torch.ones(n, n, dtype=torch.bool).tril(-1)  # the other's index is lower
-    ahead = (other > mine) | ((other == mine) & earlier)
-    return ahead.int().sum(dim=2)
 
 
 def order_gap(score: Tensor, n_kept: int) -> Tensor:

@@ -23,6 +23,7 @@ namespace tomexport {
 class Merge {
   public:
     static constexpr const char *kName = "Merge";
+    static constexpr bool kFollowed = true;
     // `raster`: slots stand in the order of their first tokens.
     static constexpr Attribute kAttributes[] = {{"r"}, {"n_prefix"}, {"raster", true}};
     enum In { kX, kSize, kSignal };
@@ -278,12 +279,6 @@ class Merge {
             return rank(p) < rank(q);
         });
         for (std::int64_t slot = 0; slot < m.slot_b; ++slot) begin_slot(m, slot, m.slots.first[slot]);
-    }
-
-    // Floats as unsigned integers in the opposite order; −0 and 0 are the same.
-    static std::uint32_t descending(float value) {
-        const auto bits = bits_of<std::uint32_t>(value + 0.f);
-        return bits >> 31 ? bits : 0x7fffffffu - bits;
     }
 
     // The k-th smallest of n keys, bit by bit: what is below it is counted, nothing is moved.

@@ -1,5 +1,6 @@
 // ONNX Runtime: shapes and pointers in, the runtime's own threads, nothing computed here.
 
+#include <array>
 #include <cstdio>
 
 #include "onnxruntime_abi.h"
@@ -76,13 +77,14 @@ template <class Operator> Status *compute(void *kernel, KernelContext *context) 
 }
 
 template <class Operator> Status *create(const CustomOp *, const Api *api, const KernelInfo *info, void **out) {
-    std::int64_t values[std::size(Operator::kAttributes)] = {}, *value = values;
+    std::array<std::int64_t, std::size(Operator::kAttributes)> values{};
+    std::int64_t *value = values.data();
     for (const Attribute &attribute : Operator::kAttributes)
         if (Status *s = api->attribute(info, attribute.name, value++)) {
             if (!attribute.optional) return s;
             api->release(s);
         }
-    *out = new Kernel<Operator>{*api, Operator(values)};
+    *out = new Kernel<Operator>{*api, Operator(values.data())};
     return nullptr;
 }
 

@@ -39,7 +39,7 @@ template <class Operator> class Node : public ov::op::Op {
     void validate_and_infer_types() override {
         const ov::element::Type real = get_input_element_type(0);
         const bool computes = real == ov::element::f32 || real == ov::element::bf16;
-        NODE_VALIDATION_CHECK(this, computes, "x is ", real);
+        NODE_VALIDATION_CHECK(this, computes, Operator::kInputs[0].name, " is ", real);
         Dimensions sizes;
         for (std::size_t i = 0; i < n_inputs(); ++i) {
             const auto &[name, type, axes] = Operator::kInputs[i];
@@ -49,7 +49,7 @@ template <class Operator> class Node : public ov::op::Op {
                                   " is ", shape);
             const bool narrow = type == Type::kInteger && found == ov::element::i32;
             const bool right = narrow || found == element(type, real);
-            NODE_VALIDATION_CHECK(this, right, name, " is ", found, " and x ", real);
+            NODE_VALIDATION_CHECK(this, right, name, " is ", found, ", not ", element(type, real));
             if (type == Type::kReal) input(i).get_rt_info()["tomexport.real"] = true;  // for sessions
         }
         if (sizes['N'].is_static()) {
@@ -114,9 +114,12 @@ template <class Operator> class Node : public ov::op::Op {
     float epsilon_ = 0.f;
 
     // Only our own sessions make such nodes, of a node and the LayerNorm and logarithm after it.
-    bool follows() const { return get_input_size() == kNumInputs<Operator> + kFollowing; }
-    std::size_t n_inputs() const { return kNumInputs<Operator> + (follows() ? kFollowing : 0); }
-    std::size_t n_outputs() const { return kNumOutputs<Operator> + (follows() ? kFollowing : 0); }
+    bool follows() const {
+        return Operator::kFollowed && get_input_size() == std::size(Operator::kInputs);
+    }
+    std::size_t n_inputs() const { return kNumInputs<Operator> + n_following(); }
+    std::size_t n_outputs() const { return kNumOutputs<Operator> + n_following(); }
+    std::size_t n_following() const { return follows() ? kFollowing<Operator> : 0; }
 
     static ov::element::Type element(Type type, ov::element::Type real) {
         if (type == Type::kReal) return real;

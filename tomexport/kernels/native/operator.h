@@ -3,7 +3,8 @@
 //
 // An operator is a class with
 //   kName, kAttributes            its op type, and the integers that its constructor takes, in order
-//   kInputs, kOutputs             its arrays; the first two out are x and size
+//   kInputs, kOutputs             its arrays; of one that gives tokens, x and size come out first
+//   kFollowed                     whether it gives tokens, so that a LayerNorm can follow
 //   removed()                     how many tokens fewer come out
 //   refusal(n)                    why it cannot be computed for n tokens, or nullptr
 //   run<T>(call, threads)         computes a call of one image
@@ -39,16 +40,15 @@ struct Attribute {
 };
 
 // What comes next in a transformer, while the token is at hand: LayerNorm of x with a weight and an
-// offset, and the logarithm of size. The last two of every operator's arrays, in and out, which only
-// sessions of ours ask for.
+// offset, and the logarithm of size. Of an operator that gives tokens, the last two arrays, in and out,
+// which only sessions of ours ask for.
 constexpr Port kNormWeight{"weight", Type::kFloat, "C"}, kNormOffset{"offset", Type::kFloat, "C"};
 constexpr Port kNorm{"norm", Type::kReal, "BMC"}, kLogSize{"log_size", Type::kReal, "BM1"};
-constexpr std::size_t kFollowing = 2;
-
+template <class Operator> constexpr std::size_t kFollowing = Operator::kFollowed ? 2 : 0;
 template <class Operator>
-constexpr std::size_t kNumInputs = std::size(Operator::kInputs) - kFollowing;
+constexpr std::size_t kNumInputs = std::size(Operator::kInputs) - kFollowing<Operator>;
 template <class Operator>
-constexpr std::size_t kNumOutputs = std::size(Operator::kOutputs) - kFollowing;
+constexpr std::size_t kNumOutputs = std::size(Operator::kOutputs) - kFollowing<Operator>;
 constexpr std::size_t kMostPorts = 8, kMostAxes = 4;
 
 // "x (B,N,C), size (B,N,1) wanted"

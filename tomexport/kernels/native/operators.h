@@ -2,11 +2,12 @@
 #pragma once
 
 #include "../merge/kernel.h"
+#include "../rank/kernel.h"
 #include "../reduce/kernel.h"
 
 namespace tomexport {
 
 template <class... T> struct List {};
-using Operators = List<Merge, Reduce>;
+using Operators = List<Merge, Reduce, Rank>;
 
 }  // namespace tomexport

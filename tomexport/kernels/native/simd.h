@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 namespace tomexport {
 
@@ -32,6 +33,14 @@ template <class To, class From> inline To bits_of(const From &from) {
     To to;
     std::memcpy(&to, &from, sizeof to);
     return to;
+}
+
+// Floats as whole numbers in the opposite order; −0 is 0, and NaN is −∞.
+inline std::uint32_t descending(float value) {
+    value += 0.f;
+    const float number = value == value ? value : -std::numeric_limits<float>::infinity();
+    const auto bits = bits_of<std::uint32_t>(number);
+    return bits >> 31 ? bits : 0x7fffffffu - bits;
 }
 
 inline Floats load(const float *from) {

@@ -13,6 +13,7 @@ namespace tomexport {
 class Reduce {
   public:
     static constexpr const char *kName = "Reduce";
+    static constexpr bool kFollowed = true;
     static constexpr Attribute kAttributes[] = {{"r"}, {"mean"}, {"fixed", true}};
     enum In { kX, kMass, kTarget, kWeight };
     static constexpr Port kInputs[] = {{"x", Type::kReal, "BNC"},
