@@ -253,7 +253,7 @@ def _check_method(method: Method, plan: Plan, family: Family, output: str | None
     if dropped and plan.staged:
         raise RewriteError(
             f"{method.name} drops tokens, and {plan.model} needs all of them again between its "
-            "stages. Take a method that merges them, like tome."
+            "stages. Take a method that merges them, like tome or dtps."
         )
     if method.remember and plan.steps[0].removed:
         raise PlanError(
