@@ -79,11 +79,12 @@ def test_every_rewrite_changes_the_graph(folder, results):
     import onnx
 
     def operators(form):
-        """Return each node's type, and the types of those that it reads."""
+        """Return each node's type, and the types of those that it reads, or the axes of weights."""
         (path,) = (folder / "work").glob(f"*_{form.replace(' ', '_')}_none.onnx")
-        nodes = onnx.load(path).graph.node
-        made_by = {name: node.op_type for node in nodes for name in node.output}
-        return [(node.op_type, [made_by.get(name) for name in node.input]) for node in nodes]
+        graph = onnx.load(path).graph
+        made_by = {weight.name: len(weight.dims) for weight in graph.initializer}
+        made_by |= {name: node.op_type for node in graph.node for name in node.output}
+        return [(node.op_type, [made_by.get(name) for name in node.input]) for node in graph.node]
 
     for name in cases.REWRITES:
         twin = "all" if name == "LayerScale" else NONE

@@ -97,7 +97,7 @@ def test_operators_tell_merging_from_the_network(report):
                 assert merging[0].count == report.merges
             else:
                 assert sum(op.count for op in merging) >= 8 * report.merges
-            products = sum(op.count for op in network if op.type in ("Gemm", "FullyConnected"))
+            products = sum(op.count for op in network if op.type in ("MatMul", "FullyConnected"))
             assert products >= 24  # qkv, projection and two of the MLP, in six blocks
 
 

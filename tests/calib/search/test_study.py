@@ -116,10 +116,31 @@ def test_a_trial_that_runs_elsewhere_is_left_alone(journal):
     running = child.stdout.readline().strip()
     study = open_study(journal)
     assert (len(study.results()), study.n_taken()) == (0, 1)
-    assert running not in _measure_all(study)
+    study._study.enqueue_trial(next(c for c in SPACE.all() if SPACE.schedule(c) == running))
+    assert running not in _measure_all(study)  # though it was drawn there as well
     child.kill()
     child.communicate()
     assert _measure_all(open_study(journal)) == [running]
+
+
+def test_two_may_find_the_same_trial_stale(journal, monkeypatch):
+    from optuna.exceptions import UpdateFinishedTrialError
+
+    child = _child(journal, 60)
+    running = child.stdout.readline().strip()
+    one, other = open_study(journal), open_study(journal)
+    child.kill()
+    child.communicate()
+
+    def too_late(*arguments, **options):
+        other._fail_stale()
+        raise UpdateFinishedTrialError("Trial#0 has already finished and can not be updated.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(one._study, "tell", too_late)
+        one._fail_stale()
+    assert one.n_taken() == 0
+    assert running in _measure_all(one)
 
 
 def test_a_failed_trial_is_given_out_again():

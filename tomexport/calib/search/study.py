@@ -17,7 +17,7 @@ import platform
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -296,16 +296,16 @@ class Study:
 
     def _enqueue_another(self, number: int, describe: Callable[[Choices], str | None]) -> bool:
         """Queue a choice that nobody has tried and that can be; False if there is none."""
-        tried = [
-            trial.params
+        taken = {
+            trial.user_attrs.get(_CLAIM)
             for trial in self._study.get_trials(deepcopy=False)
-            if trial.user_attrs.get(_CLAIM) is not None and trial.state.name != "FAIL"
-        ]
-        seen = {json.dumps(params, sort_keys=True) for params in tried}
+            if trial.state.name in ("RUNNING", "COMPLETE") or _REFUSED in trial.user_attrs
+        }
         every = list(self._space.all())
         random.Random(f"{self._seed} {number}").shuffle(every)
         for choices in every:
-            if json.dumps(choices, sort_keys=True) not in seen and describe(choices) is not None:
+            claim = describe(choices)
+            if claim is not None and claim not in taken:
                 self._study.enqueue_trial(choices)
                 return True
         return False
@@ -314,7 +314,9 @@ class Study:
         for trial in self._study.get_trials(deepcopy=False):
             if trial.state.name == "RUNNING" and not _is_running(trial):
                 state = self._states("FAIL")[0]
-                self._study.tell(trial.number, state=state, skip_if_finished=True)
+                # another process may have been quicker
+                with suppress(self._optuna.exceptions.UpdateFinishedTrialError):
+                    self._study.tell(trial.number, state=state, skip_if_finished=True)
 
     def _states(self, name: str) -> tuple[Any]:
         return (self._optuna.trial.TrialState[name],)
