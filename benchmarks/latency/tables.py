@@ -119,10 +119,11 @@ def _rewrites(groups: Sequence[Measured]) -> str:
     rows: list[list[str]] = []
 
     def row(words: str, own: tuple[str, str], other: tuple[str, str]) -> None:
-        measured = [group for group in groups if own in group and other in group]
-        if measured:
-            cells = [group.overhead(own, other) for group in measured]
-            rows.append([words, *cells, measured[0].difference(own)])
+        timed = {group: own in group and other in group for group in groups}
+        if any(timed.values()):
+            cells = [g.overhead(own, other) if there else "–" for g, there in timed.items()]
+            first = next(group for group, there in timed.items() if there)
+            rows.append([words, *cells, first.difference(own)])
 
     for name, words in REWRITES.items():
         twin = "all" if name == "LayerScale" else NONE
