@@ -76,6 +76,8 @@ def test_a_checkpoint_says_all_by_itself(seeded, carrying, tmp_path, image, suff
     layers = _moved(_layers(model))
     path = tmp_path / f"learned{suffix}"
     write(checkpoint(model, layers), "test_vit", path)
+    (tmp_path / "any").touch()
+    assert path.stat().st_mode == (tmp_path / "any").stat().st_mode
     from_file = tomexport.reduce(path, "const:9")
     from_module = tomexport.reduce(carrying(lambda _: layers), "const:9")
     assert from_file.plan == from_module.plan

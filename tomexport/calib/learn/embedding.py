@@ -71,7 +71,8 @@ def write(state: Mapping[str, Tensor], architecture: str | None, path: Path) -> 
     """Write a checkpoint that names its architecture; .safetensors, or .pth for any other."""
     if path.suffix == ".safetensors":
         metadata = {"architecture": architecture} if architecture else {}
-        need("safetensors.torch", "export").save_file(dict(state), path, metadata)
+        # save_file would make a file that only its owner can read
+        path.write_bytes(need("safetensors.torch", "export").save(dict(state), metadata))
         return
     named = {"arch": architecture} if architecture else {}
     torch.save({"state_dict": dict(state), **named}, path)
