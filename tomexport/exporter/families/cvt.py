@@ -72,5 +72,5 @@ def _attention(call: Call, tokens: Tokens, n_out: int | None) -> tuple[Tensor, S
 
 
 CVT = pyramid.family(
-    "cvt", cvt.CvT, cvt.GRAIN, fold=_fold, cost_of=_cost_of, attention=_attention, places=True
+    "cvt", cvt.CvT, fold=_fold, cost_of=_cost_of, attention=_attention, places=True
 )  # fmt: skip

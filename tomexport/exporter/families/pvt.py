@@ -65,5 +65,5 @@ def _attention(call: Call, tokens: Tokens, n_out: int | None) -> tuple[Tensor, S
 
 
 PVT = pyramid.family(
-    "pvt", pvt.PVT, pvt.GRAIN, fold=_fold, cost_of=_cost_of, attention=_attention
+    "pvt", pvt.PVT, fold=_fold, cost_of=_cost_of, attention=_attention
 )  # fmt: skip

@@ -20,6 +20,7 @@ from tomexport.exporter.families.family import (
     linear_macs,
     norm_elements,
 )
+from tomexport.exporter.models.pyramid import Pyramid
 from tomexport.plan import Cost, ModelCost, Site, Step
 
 
@@ -46,8 +47,7 @@ class Call(NamedTuple):
 
 def family(
     name: str,
-    network: type[nn.Module],
-    grain: int,
+    network: type[Pyramid],
     *,
     fold: Callable[[nn.Module], None],
     cost_of: Callable[[Call], Cost],
@@ -58,13 +58,13 @@ def family(
 
     Args:
         name: of the family, and of the module.
-        network: its class, with `n_stages`, `patches`, `blocks`, `n_prefix`, `grid` and `embed`.
-        grain: pixels that the image must be a multiple of, each way.
+        network: its class.
         fold: as in `Family`.
         cost_of: what a block costs.
         attention: as in `Family`.
         places: as in `Family`.
     """
+    grain = network.strides[-1]
     return Family(
         name=name,
         modules=(name,),

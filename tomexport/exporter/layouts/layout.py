@@ -18,6 +18,12 @@ Names = tuple[tuple[str, str], ...]  # patterns of whole keys, and what they are
 Options = dict[str, Any]  # of a model, as timm's functions take them
 # the scores of tokens that are trained beside a model, of whichever kind it is
 PREDICTORS = (r"score_predictor\..*", ("dynamicvit", "dtps"))
+FLOP_COUNTER = (r"(.*\.)?total_(ops|params)", "left by a FLOP counter")
+
+
+def _same_names(state: State, source: str) -> dict[str, Tensor]:
+    del source
+    return dict(state)
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class Layout:
         modules: the modules whose models have such checkpoints, as timm's registry calls them.
         recognises: whether a state dict is of this layout.
         rename: (state, source) → the same weights under the names that the models have; the source
-            is for messages.
+            is for messages. Left out where the names are those.
         spare: key patterns that the forward pass of the plain model never reads, and why.
         extras: key patterns of a method's own weights, and the methods that have such.
         methods: the methods whose files are named so, weights of their own or not.
@@ -48,11 +54,11 @@ class Layout:
     name: str
     modules: tuple[str, ...]
     recognises: Callable[[State], bool]
-    rename: Callable[[State, str], dict[str, Tensor]]
     spare: tuple[tuple[str, str], ...]
     may_fit: Callable[[str, State], bool]
     options: Callable[[str, State, str], Options]
     describe: Callable[[State], str]
+    rename: Callable[[State, str], dict[str, Tensor]] = _same_names
     called: Callable[[str], str] = str
     extras: tuple[tuple[str, tuple[str, ...]], ...] = ()
     methods: tuple[str, ...] = ()
@@ -65,6 +71,16 @@ def n_classes(state: State) -> int:
     """Return the rows of the head, 0 without one."""
     head = state.get("head.weight", state.get("head.bias"))
     return head.shape[0] if head is not None and head.ndim else 0
+
+
+def n_blocks(state: State, at: str = "blocks") -> int:
+    """Return the length of a list of blocks."""
+    return len({key.removeprefix(at).split(".")[1] for key in state if key.startswith(f"{at}.")})
+
+
+def depths(state: State, lists: Sequence[str]) -> tuple[int, ...]:
+    """Return the blocks of each stage, where each has its own list of them."""
+    return tuple(n_blocks(state, at) for at in lists)
 
 
 def renamed(key: str, names: Names) -> str:

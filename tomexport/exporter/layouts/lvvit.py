@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
-from tomexport.exporter.layouts.layout import PREDICTORS, Layout, State, n_classes
+from tomexport.exporter.layouts.layout import (
+    FLOP_COUNTER,
+    PREDICTORS,
+    Layout,
+    State,
+    n_blocks,
+    n_classes,
+)
 from tomexport.exporter.layouts.timm import square_side
 from tomexport.exporter.models.lvvit import PATCH, VARIANTS
 
 
 def _recognises(state: State) -> bool:
     return "patch_embed.conv1.weight" in state and any(key.startswith("blocks.") for key in state)
-
-
-def _rename(state: State, source: str) -> dict[str, Tensor]:
-    del source
-    return dict(state)
 
 
 def _called(word: str) -> str:
@@ -28,7 +28,7 @@ def _sizes(state: State) -> tuple[int, int]:
     """Return the channels, 0 if they are not said, and the blocks."""
     token = state.get("cls_token")
     width = token.shape[-1] if token is not None and token.ndim else 0
-    return width, len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    return width, n_blocks(state)
 
 
 def _may_fit(name: str, state: State) -> bool:
@@ -55,8 +55,7 @@ LVVIT = Layout(
     name="LV-ViT",
     modules=("lvvit",),
     recognises=_recognises,
-    rename=_rename,
-    spare=((r"(.*\.)?total_(ops|params)", "left by a FLOP counter"),),
+    spare=(FLOP_COUNTER,),
     called=_called,
     may_fit=_may_fit,
     options=_options,

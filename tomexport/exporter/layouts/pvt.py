@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
-from tomexport.exporter.layouts.layout import PREDICTORS, Layout, State, n_classes
+from tomexport.exporter.layouts.layout import (
+    FLOP_COUNTER,
+    PREDICTORS,
+    Layout,
+    State,
+    depths,
+    n_classes,
+)
 from tomexport.exporter.layouts.timm import square_side
-from tomexport.exporter.models.pvt import N_STAGES, STRIDES, VARIANTS
+from tomexport.exporter.models import pvt
 
 
 def _recognises(state: State) -> bool:
@@ -16,19 +21,8 @@ def _recognises(state: State) -> bool:
     return {"patch_embed1", "block1"} <= starts
 
 
-def _rename(state: State, source: str) -> dict[str, Tensor]:
-    del source
-    return dict(state)
-
-
-def _depths(state: State) -> tuple[int, ...]:
-    """Return the blocks of each stage."""
-    stages = (f"block{stage + 1}." for stage in range(N_STAGES))
-    return tuple(len({k.split(".")[1] for k in state if k.startswith(s)}) for s in stages)
-
-
 def _may_fit(name: str, state: State) -> bool:
-    return VARIANTS[name].depths == _depths(state)
+    return pvt.VARIANTS[name].depths == depths(state, pvt.PVT.block_lists)
 
 
 def _options(name: str, state: State, source: str) -> dict[str, Any]:
@@ -36,21 +30,20 @@ def _options(name: str, state: State, source: str) -> dict[str, Any]:
     options: dict[str, Any] = {"num_classes": n_classes(state)}
     position = state.get("pos_embed1")
     if position is not None and position.ndim == 3:
-        side = STRIDES[0] * square_side(position.shape[1], 0, source)
+        side = pvt.PVT.strides[0] * square_side(position.shape[1], 0, source)
         options |= {} if side == 224 else {"img_size": (side, side)}
     return options
 
 
 def _describe(state: State) -> str:
-    return f"PVT of {' + '.join(map(str, _depths(state)))} blocks"
+    return f"PVT of {' + '.join(map(str, depths(state, pvt.PVT.block_lists)))} blocks"
 
 
 PVT = Layout(
     name="PVT",
     modules=("pvt",),
     recognises=_recognises,
-    rename=_rename,
-    spare=((r"(.*\.)?total_(ops|params)", "left by a FLOP counter"),),
+    spare=(FLOP_COUNTER,),
     called=str.lower,
     may_fit=_may_fit,
     options=_options,

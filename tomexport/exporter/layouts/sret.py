@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tomexport.errors import CheckpointError
-from tomexport.exporter.layouts.layout import Layout, State, n_classes
+from tomexport.exporter.layouts.layout import FLOP_COUNTER, Layout, State, n_classes
 from tomexport.exporter.models.sret import VARIANTS
 
 _BLOCK = re.compile(r"(transformers\.\d+\.blocks\.)(\d+)(\..+)")
@@ -94,7 +94,7 @@ SRET = Layout(
     modules=("sret",),
     recognises=_recognises,
     rename=_rename,
-    spare=((r"(.*\.)?total_(ops|params)", "left by a FLOP counter"),),
+    spare=(FLOP_COUNTER,),
     called=_called,
     may_fit=_may_fit,
     options=_options,

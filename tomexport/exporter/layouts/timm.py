@@ -8,7 +8,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from tomexport.errors import CheckpointError
-from tomexport.exporter.layouts.layout import PREDICTORS, Layout, State, n_classes
+from tomexport.exporter.layouts.layout import (
+    FLOP_COUNTER,
+    PREDICTORS,
+    Layout,
+    State,
+    n_blocks,
+    n_classes,
+)
 from tomexport.exporter.zoo import blocks_only, module_of, skeleton
 
 _TABLE = "relative_position_bias_table"
@@ -104,13 +111,13 @@ def _has(model: nn.Module, key: str) -> bool:
 
 
 def _describe(state: State) -> str:
-    n_blocks = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    blocks = f"{n_blocks(state)} blocks"
     projection = state.get("patch_embed.proj.weight")
     if projection is None or projection.ndim != 4:
-        return f"{n_blocks} blocks"
+        return blocks
     width, channels, *patch = projection.shape
     size = "×".join(map(str, patch))
-    return f"width {width}, {n_blocks} blocks, patches of {size}×{channels}"
+    return f"width {width}, {blocks}, patches of {size}×{channels}"
 
 
 TIMM = Layout(
@@ -129,7 +136,7 @@ TIMM = Layout(
     spare=(
         (r"mask_token", "used in pre-training only"),
         (r"decoder_.*|decoder\..*", "the decoder of pre-training"),
-        (r"(.*\.)?total_(ops|params)", "left by a FLOP counter"),
+        FLOP_COUNTER,
         (r"n_averaged", "the count of an averaged model"),
         (r"blocks\.\d+\.attn\.out_zero_mask", "zero mask of ATS"),
     ),

@@ -7,7 +7,7 @@ import re
 import torch
 from torch import Tensor
 
-from tomexport.exporter.layouts.layout import Layout, Options, State, n_classes
+from tomexport.exporter.layouts.layout import Layout, Options, State, n_blocks, n_classes
 from tomexport.exporter.models.videomae import VARIANTS
 
 _BIAS = re.compile(r"(blocks\.\d+\.attn\.)q_bias")
@@ -31,8 +31,7 @@ def _rename(state: State, source: str) -> dict[str, Tensor]:
 
 def _may_fit(name: str, state: State) -> bool:
     variant = VARIANTS[name]
-    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
-    return (variant.width, variant.depth) == (state["fc_norm.weight"].shape[0], depth)
+    return (variant.width, variant.depth) == (state["fc_norm.weight"].shape[0], n_blocks(state))
 
 
 def _options(name: str, state: State, source: str) -> Options:

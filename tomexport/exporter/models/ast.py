@@ -16,10 +16,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from tomexport.errors import RewriteError
 from tomexport.exporter.models import registry
+from tomexport.exporter.models.parts import Grid, by_rows, resampled
 
 PATCH, STRIDE = 16, 10
 N_BINS, N_TIMES = 128, 1024  # that it was trained on: ten seconds
@@ -48,7 +48,7 @@ class Patches(nn.Module):
 
     def forward(self, spectrogram: Tensor) -> Tensor:
         """(B, 1, frequencies, times) → (B, N, C)."""
-        return cast(Tensor, self.proj(spectrogram).flatten(2).transpose(1, 2))
+        return by_rows(self.proj(spectrogram))
 
 
 class AST(nn.Module):
@@ -95,7 +95,7 @@ class AST(nn.Module):
         self.fc_norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
 
-    def grid(self) -> tuple[int, int]:
+    def grid(self) -> Grid:
         """Return the patches along frequency and time.
 
         Raises: RewriteError if there is none.
@@ -114,11 +114,7 @@ class AST(nn.Module):
         Raises: RewriteError if there is no patch in the spectrogram.
         """
         old, self.img_size = self.grid(), img_size
-        position = self.pos_embed.detach()
-        maps = position[:, 2:].transpose(1, 2).reshape(1, self.embed_dim, *old)
-        maps = functional.interpolate(maps, self.grid(), mode="bilinear")
-        patches = maps.flatten(2).transpose(1, 2)
-        self.pos_embed = nn.Parameter(torch.cat([position[:, :2], patches], dim=1))
+        self.pos_embed = resampled(self.pos_embed, 2, old, self.grid(), "bilinear")
 
     @property
     def n_patches(self) -> int:

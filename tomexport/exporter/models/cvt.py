@@ -18,18 +18,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tomexport.errors import RewriteError
 from tomexport.exporter.attention import attend
 from tomexport.exporter.models import registry
+from tomexport.exporter.models.parts import Grid, Mlp, by_rows
+from tomexport.exporter.models.pyramid import EPSILON, Embedding, Pyramid
 
-GRAIN = 16  # pixels that a token of the last stage stands for
-STRIDES = (4, 8, 16)  # pixels that a token of each stage stands for
-N_STAGES = len(STRIDES)
 KEY_STRIDE = 2  # tokens along a side that a key stands for
-_EPSILON = 1e-5
 _SLOPE = 1.702  # of the sigmoid that stands for the normal distribution in GELU
-
-Grid = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -44,20 +39,6 @@ class Variant:
 VARIANTS = {"cvt_13": Variant((1, 2, 10)), "cvt_21": Variant((1, 4, 16))}
 
 
-class Embedding(nn.Module):
-    """A convolution whose windows overlap; each makes a token."""
-
-    def __init__(self, in_chans: int, dim: int, *, is_first: bool) -> None:
-        super().__init__()
-        side, stride, padding = (7, STRIDES[0], 2) if is_first else (3, 2, 1)
-        self.proj = nn.Conv2d(in_chans, dim, side, stride=stride, padding=padding)
-        self.norm = nn.LayerNorm(dim, eps=_EPSILON)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, channels, rows, columns) → (B, N, C)."""
-        return cast(Tensor, self.norm(self.proj(x).flatten(2).transpose(1, 2)))
-
-
 class Depthwise(nn.Module):
     """A depthwise convolution with batch norm."""
 
@@ -68,7 +49,7 @@ class Depthwise(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, rows, columns) → (B, N, C), row by row."""
-        return cast(Tensor, self.bn(self.conv(x)).flatten(2).transpose(1, 2))
+        return by_rows(self.bn(self.conv(x)))
 
 
 class Attention(nn.Module):
@@ -122,18 +103,8 @@ def _beside(prefix: Tensor, x: Tensor) -> Tensor:
     return torch.cat([prefix, x], dim=1) if prefix.shape[1] else x
 
 
-class Mlp(nn.Module):
-    """Linear, GELU by a sigmoid, Linear."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, 4 * dim)
-        self.fc2 = nn.Linear(4 * dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, C) → the same."""
-        x = self.fc1(x)
-        return cast(Tensor, self.fc2(x * torch.sigmoid(_SLOPE * x)))
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(_SLOPE * x)
 
 
 class Block(nn.Module):
@@ -141,10 +112,10 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, n_heads: int) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=_EPSILON)
+        self.norm1 = nn.LayerNorm(dim, eps=EPSILON)
         self.attn = Attention(dim, n_heads)
-        self.norm2 = nn.LayerNorm(dim, eps=_EPSILON)
-        self.mlp = Mlp(dim)
+        self.norm2 = nn.LayerNorm(dim, eps=EPSILON)
+        self.mlp = Mlp(dim, 4 * dim, _quick_gelu)
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         """(B, N, C), all tokens of a grid of (rows, columns) → the same."""
@@ -160,15 +131,20 @@ class Stage(nn.Module):
         self, in_chans: int, dim: int, n_heads: int, depth: int, *, is_first: bool, is_last: bool
     ) -> None:
         super().__init__()
-        self.patch_embed = Embedding(in_chans, dim, is_first=is_first)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if is_last else None
+        window = (7, 4, 2) if is_first else (3, 2, 1)  # side, stride and padding
+        self.patch_embed = Embedding(in_chans, dim, *window)
+        if is_last:
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.blocks = nn.ModuleList(Block(dim, n_heads) for _ in range(depth))
 
 
-class CvT(nn.Module):
+class CvT(Pyramid):
     """A convolutional vision transformer: image (B, channels, height, width) → (B, classes)."""
 
-    n_stages = N_STAGES
+    strides = (4, 8, 16)
+    embeddings = tuple(f"stage{n}.patch_embed" for n in range(3))
+    block_lists = tuple(f"stage{n}.blocks" for n in range(3))
+    class_token = "stage2.cls_token"
 
     def __init__(
         self,
@@ -190,77 +166,16 @@ class CvT(nn.Module):
 
         Raises: RewriteError if the image does not divide into the tokens of the last stage.
         """
-        super().__init__()
-        self.in_chans, self.num_classes = in_chans, num_classes
-        self.set_input_size((img_size, img_size) if isinstance(img_size, int) else img_size)
-        dims, last = (in_chans, *variant.widths), N_STAGES - 1
+        super().__init__(num_classes, img_size, in_chans)
+        dims = (in_chans, *variant.widths)
         for index, depth in enumerate(depths or variant.depths):
             stage = Stage(
                 dims[index], dims[index + 1], variant.heads[index], depth,
-                is_first=not index, is_last=index == last,
+                is_first=not index, is_last=index == self.n_stages - 1,
             )  # fmt: skip
             setattr(self, f"stage{index}", stage)
-        self.norm = nn.LayerNorm(dims[-1], eps=_EPSILON)
+        self.norm = nn.LayerNorm(dims[-1], eps=EPSILON)
         self.head = nn.Linear(dims[-1], num_classes) if num_classes else nn.Identity()
-
-    def _stage(self, stage: int) -> Stage:
-        return cast(Stage, getattr(self, f"stage{stage}"))
-
-    def blocks(self, stage: int) -> nn.ModuleList:
-        """Return the blocks of a stage, counted from 0."""
-        return self._stage(stage).blocks
-
-    def patches(self, stage: int) -> Embedding:
-        """Return what makes the tokens of a stage."""
-        return self._stage(stage).patch_embed
-
-    def n_prefix(self, stage: int) -> int:
-        """Return how many class tokens a stage has."""
-        return int(self._stage(stage).cls_token is not None)
-
-    def grid(self, stage: int) -> Grid:
-        """Return rows and columns of a stage's patches."""
-        height, width = self.img_size
-        return height // STRIDES[stage], width // STRIDES[stage]
-
-    def set_input_size(self, img_size: tuple[int, int]) -> None:
-        """Set another image size, (height, width) in pixels; there are no positions to resample.
-
-        Raises: RewriteError if the image does not divide into the tokens of the last stage.
-        """
-        height, width = img_size
-        if height % GRAIN or width % GRAIN or not height * width:
-            raise RewriteError(
-                f"CvT makes its last tokens of {GRAIN}×{GRAIN} pixels each, which {height}×{width} "
-                f"do not divide into; use multiples of {GRAIN}."
-            )
-        self.img_size = img_size
-
-    def embed(self, stage: int, x: Tensor) -> Tensor:
-        """Make the tokens of a stage, (B, N, C); the class token of the last one first.
-
-        Args:
-            stage: counted from 0.
-            x: the image, or all tokens of the stage before, (B, N, C).
-        """
-        if stage:
-            x = x.transpose(1, 2).reshape(x.shape[0], x.shape[2], *self.grid(stage - 1))
-        x = self.patches(stage)(x)
-        token = self._stage(stage).cls_token
-        return x if token is None else torch.cat([token.expand(x.shape[0], -1, -1), x], dim=1)
-
-    def forward_features(self, image: Tensor) -> Tensor:
-        """Compute the tokens of the last stage, (B, N, C), after the norm."""
-        x = image
-        for stage in range(N_STAGES):
-            x = self.embed(stage, x)
-            for block in self.blocks(stage):
-                x = block(x, self.grid(stage))
-        return cast(Tensor, self.norm(x))
-
-    def forward(self, image: Tensor) -> Tensor:
-        """Compute the network with all of its tokens."""
-        return cast(Tensor, self.head(self.forward_features(image)[:, 0]))
 
 
 def register(timm: Any) -> None:

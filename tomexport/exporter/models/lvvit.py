@@ -20,6 +20,7 @@ from torch.nn import functional
 from tomexport.errors import RewriteError
 from tomexport.exporter.attention import attend
 from tomexport.exporter.models import registry
+from tomexport.exporter.models.parts import Grid, Mlp, by_rows, resampled
 
 PATCH = 16  # pixels
 _STEM = 64  # channels before the patches are cut
@@ -58,7 +59,7 @@ class Stem(nn.Module):
         x = functional.relu(self.bn1(self.conv1(image)))
         x = functional.relu(self.bn2(self.conv2(x)))
         x = functional.relu(self.bn3(self.conv3(x)))
-        return cast(Tensor, self.proj(x).flatten(2).transpose(1, 2))
+        return by_rows(self.proj(x))
 
 
 class Attention(nn.Module):
@@ -82,19 +83,6 @@ class Attention(nn.Module):
         return cast(Tensor, self.proj(out.transpose(1, 2).reshape(n_batch, n, dim)))
 
 
-class Mlp(nn.Module):
-    """Linear, GELU, Linear."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, 3 * dim)
-        self.fc2 = nn.Linear(3 * dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, C) → the same."""
-        return cast(Tensor, self.fc2(functional.gelu(self.fc1(x))))
-
-
 class Branch(nn.Module):
     """What a residual branch is multiplied by: a LayerScale that is no weight."""
 
@@ -116,7 +104,7 @@ class Block(nn.Module):
         self.attn = Attention(dim, n_heads)
         self.ls1 = Branch()
         self.norm2 = nn.LayerNorm(dim, eps=_EPSILON)
-        self.mlp = Mlp(dim)
+        self.mlp = Mlp(dim, 3 * dim)
         self.ls2 = Branch()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -163,7 +151,7 @@ class LVViT(nn.Module):
         self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
         self.aux_head = nn.Linear(dim, num_classes) if num_classes else None
 
-    def grid(self) -> tuple[int, int]:
+    def grid(self) -> Grid:
         """Return the rows and columns of the patches.
 
         Raises: RewriteError if the image does not divide into patches.
@@ -182,11 +170,7 @@ class LVViT(nn.Module):
         Raises: RewriteError if the image does not divide into patches.
         """
         old, self.img_size = self.grid(), img_size
-        position = self.pos_embed.detach()
-        first, patches = position[:, :1], position[:, 1:]
-        maps = patches.transpose(1, 2).reshape(1, self.embed_dim, *old)
-        maps = functional.interpolate(maps, self.grid(), mode="bicubic", antialias=True)
-        self.pos_embed = nn.Parameter(torch.cat([first, maps.flatten(2).transpose(1, 2)], dim=1))
+        self.pos_embed = resampled(self.pos_embed, 1, old, self.grid(), "bicubic", antialias=True)
 
     def embed(self, image: Tensor) -> Tensor:
         """(B, channels, height, width) → tokens, (B, N, C), the class token first."""

@@ -24,6 +24,7 @@ from torch.nn import functional
 from tomexport.errors import RewriteError
 from tomexport.exporter.attention import attend
 from tomexport.exporter.models import registry
+from tomexport.exporter.models.parts import Mlp, by_rows, on_grid
 
 GRAIN = 32  # pixels: a stem of stride 8 and two poolings halve the grid five times
 _STRIDES = (8, 16, 32)  # pixels that a token of each stage stands for
@@ -92,19 +93,6 @@ class Scale(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return x times the factor."""
         return x * self.bias
-
-
-class Mlp(nn.Module):
-    """Linear, GELU, Linear."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (…, C) to (…, C)."""
-        return cast(Tensor, self.fc2(functional.gelu(self.fc1(x))))
 
 
 class Attention(nn.Module):
@@ -356,15 +344,12 @@ class SReT(nn.Module):
 
     def embed(self, image: Tensor) -> Tensor:
         """(B, channels, height, width) → tokens of the first stage, (B, N, C)."""
-        x = self.patch_embed(image) + self.pos_embed
-        return cast(Tensor, x.flatten(2).transpose(1, 2))
+        return by_rows(self.patch_embed(image) + self.pos_embed)
 
     def downsample(self, stage: int, x: Tensor) -> Tensor:
         """All tokens of the stage before, (B, N, C) → tokens of this stage, (B, N / 4, 2 C)."""
-        n_batch, _, dim = x.shape
         pool: Any = self.pools[stage - 1]
-        x = pool.conv(x.transpose(1, 2).reshape(n_batch, dim, *self.grid(stage - 1)))
-        return x.flatten(2).transpose(1, 2)
+        return by_rows(pool.conv(on_grid(x, self.grid(stage - 1))))
 
     def classify(self, pooled: Tensor) -> Tensor:
         """(B, C) → (B, classes)."""

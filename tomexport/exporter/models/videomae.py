@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from tomexport.errors import RewriteError
 from tomexport.exporter.models import registry
+from tomexport.exporter.models.parts import by_rows
 
 PATCH, TUBE = 16, 2  # pixels, frames
 _EPSILON = 1e-6
@@ -59,7 +60,7 @@ class Tubes(nn.Module):
         weight = self.proj.weight.transpose(1, 2).flatten(1, 2)  # (C, frames · channels, …)
         pairs = clip.reshape(-1, weight.shape[1], height, width)
         x = functional.conv2d(pairs, weight, self.proj.bias, stride=PATCH)
-        return x.flatten(2).transpose(1, 2)
+        return by_rows(x)
 
 
 class VideoMAE(nn.Module):
