@@ -103,6 +103,45 @@ def test_a_block_that_asks_more_gets_less(rules):
     assert lists._stepped(rules, rules.macs(counts), counts, alike, 1.0) == counts
 
 
+def test_one_block_takes_over_what_another_removed(rules):
+    counts = rules.removed("list:6,6,6,6,6,0")
+    budget = rules.macs(counts)
+    changed = lists._exchanged(rules, budget, counts, 3, 1, 4)
+    assert [a != b for a, b in zip(changed, counts, strict=True)] == [0, 1, 0, 1, 0, 0]
+    assert (changed[3], changed[1] < 6) == (10, True)
+    less = [*changed[:1], changed[1] - 1, *changed[2:]]
+    assert rules.macs(changed) <= budget < rules.macs(less)
+    assert lists._exchanged(rules, budget, rules.removed("list:6,0,6,6,6,0"), 3, 1, 4) is None
+
+
+def test_exchanges_go_on_where_no_step_helps(rules, monkeypatch):
+    aim = rules.removed("list:2,12,3,9,1,0")
+    budget = rules.macs(aim)
+
+    class Known:
+        n_images, evaluations = 4, 0
+
+        def first(self, n):
+            return self
+
+        def rebase(self, counts):
+            pass
+
+        def loss(self, counts):
+            self.evaluations += 1
+            return sum((a - b) ** 2 for a, b in zip(counts, aim, strict=True))
+
+    def found():
+        start = rules.fit([1, 1, 1, 1, 1, 0], budget)
+        return lists._descend(Known(), rules, budget, start, 2000, lambda message: None)
+
+    best = found()
+    monkeypatch.setattr(lists, "_EXCHANGED", ())
+    by_steps = found()
+    assert Known().loss(best) < Known().loss(by_steps)
+    assert rules.macs(best) <= budget
+
+
 def test_late_lists_begin_one_block_after_the_other(rules):
     late = lists._late(rules, int(0.8 * rules.most))
     first = [next(i for i, count in enumerate(counts) if count) for counts in late]

@@ -2,7 +2,8 @@
 
 At the best list, every block asks the same price: the loss that saving one more MAC there costs.
 So prices are measured, one block at a time, blocks that ask more than the mean get less to remove,
-the rest gets more, and all are scaled back to the same MACs. A step that does not help is halved.
+the rest gets more, and all are scaled back to the same MACs. A step that does not help is halved;
+where none helps, pairs of blocks exchange some tokens, the cheapest with the dearest first.
 
 What makes it fast: a run of blocks goes on from where another list with the same beginning got to,
 and all lists see the same images, so that differences are those of the lists. The loss is the mean
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,6 +36,7 @@ Progress = Callable[[str], None]
 _BATCH = 25
 _PROBE = 6  # tokens more, for a price
 _STEPS = (1.0, 0.5, 0.25, 2.0)
+_EXCHANGED = (8, 4, 2, 1)  # tokens that a block takes over from another, for all it can
 
 
 @dataclass(frozen=True)
@@ -221,16 +224,51 @@ def _descend(
     bench: Bench, rules: Arithmetic, budget: int, best: Counts, evaluations: int,
     progress: Progress,
 ) -> Counts:  # fmt: skip
-    improved = any(best)
+    improved, sizes = any(best), iter(_EXCHANGED)
+    size = next(sizes, 0)
     while improved and bench.evaluations < evaluations:
         progress(f"list for {budget / 1e9:.3f} GMACs: distance {bench.loss(best):.3f}")
         bench.rebase(best)
         prices = _prices(bench, rules, best)
         others = (_stepped(rules, budget, best, prices, step) for step in _STEPS)
-        better = (other for other in others if bench.loss(other) < bench.loss(best))
-        improved = (other := next(better, None)) is not None
-        best = other or best
+        better = next((other for other in others if bench.loss(other) < bench.loss(best)), None)
+        while better is None and size:
+            better = _exchange(bench, rules, budget, best, prices, size, evaluations)
+            size = size if better else next(sizes, 0)
+        improved = better is not None
+        best = better or best
     return best
+
+
+def _exchange(
+    bench: Bench, rules: Arithmetic, budget: int, counts: Counts, prices: dict[int, float],
+    size: int, evaluations: int,
+) -> Counts | None:  # fmt: skip
+    """Let blocks take over so many tokens from dearer ones, keep all that helps; None if none."""
+    best = counts
+    pairs = [(i, j) for i, j in permutations(prices, 2) if prices[i] < prices[j]]
+    for cheap, dear in sorted(pairs, key=lambda pair: prices[pair[0]] - prices[pair[1]]):
+        if bench.evaluations >= evaluations:
+            break
+        other = _exchanged(rules, budget, best, cheap, dear, size)
+        if other is not None and bench.loss(other) < bench.loss(best):
+            best = other
+    return None if best == counts else best
+
+
+def _exchanged(
+    rules: Arithmetic, budget: int, counts: Counts, cheap: int, dear: int, size: int
+) -> Counts | None:
+    """Let one block remove more, and another as much less as the MACs allow; None if neither."""
+    changed = list(counts)
+    changed[cheap] += size
+    changed[dear] = 0
+    while rules.macs(changed) > budget:
+        if changed[dear] >= counts[dear]:
+            return None
+        changed[dear] += 1
+    found = rules.removed(as_schedule(changed))
+    return None if found == counts else found
 
 
 def _prices(bench: Bench, rules: Arithmetic, counts: Counts) -> dict[int, float]:
