@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+
 import onnx
 import pytest
 
 import tomexport
-from tomexport.calib.choosing import Node, choosing
+from tomexport.calib.choosing import Node, choosing, kept
 from tomexport.calib.quantizers import onnx as of_onnx
 from tomexport.calib.quantizers import openvino as of_openvino
 from tomexport.runtime.openvino_backend import OpenVino
 
 
-def _node(name, *inputs, ours="", decides=False, tokens=()):
-    return Node(name, tuple((i, i in tokens) for i in inputs), ours, decides)
+def _node(name, *inputs, ours="", decides="", tokens=(), product=False):
+    return Node(name, tuple((i, i in tokens) for i in inputs), ours, decides, product)
 
 
 def test_what_leads_only_to_a_choice():
@@ -23,7 +25,7 @@ def test_what_leads_only_to_a_choice():
         _node("attention", "keys", "stem"),
         _node("embedding", "keys"),
         _node("similarity", "embedding"),
-        _node("merge", "attention", "", "similarity", ours="node", decides=True),
+        _node("merge", "attention", "", "similarity", ours="node", decides="target"),
         _node("head", "merge"),
     ]
     assert choosing(nodes, ["head"]) == ("embedding", "similarity", "merge")
@@ -34,7 +36,7 @@ def test_an_inlined_body():
         _node("stem", "image"),
         _node("attention", "stem"),
         _node("predictor", "stem"),
-        _node("score", "predictor", decides=True),
+        _node("score", "predictor", decides="target"),
         _node("weight", "predictor"),
         _node("body/one-hot", "score", ours="body"),
         _node("body/scaled", "attention", "weight", ours="body", tokens=("attention",)),
@@ -50,8 +52,9 @@ def test_an_inlined_body():
 def export(seeded, tmp_path_factory):
     folder = tmp_path_factory.mktemp("choosing")
 
+    @functools.cache
     def make(schedule, method, ops):
-        path = folder / f"{method}-{schedule[:4]}-{ops}.onnx".replace(":", "-")
+        path = folder / f"{method}-{schedule}-{ops}.onnx".replace(":", "-")
         return tomexport.export("test_vit", schedule, path, method=method, ops=ops,
                                 random_weights=0, verify=False).metadata, path  # fmt: skip
 
@@ -81,6 +84,37 @@ def unmerged(export):
     of_all = _products_of_onnx(path, metadata), _products_of_openvino(path, metadata)
     assert all(left == total for left, total in of_all)
     return of_all
+
+
+_QKV = {1: 1 + 4 * 1, 3: 1 + 4 * 3}  # after the embedding, four products a block
+
+
+@pytest.mark.parametrize(
+    ("method", "schedule", "blocks"),
+    [
+        ("tome", "list:0,40,0,40,0,0", (1, 3)),
+        ("tome", "list:0,8,0,40,0,0", (3,)),
+        ("tome:metric=x-after", "list:0,40,0,40,0,0", ()),
+        ("evit", "list:0,40,0,40,0,0", (1, 3)),
+        ("dtem", "list:0,40,0,40,0,0", ()),  # its embedding is its own
+        ("dtps", "keep:0.7@2,4", ()),
+    ],
+)
+@pytest.mark.parametrize("ops", ["custom", "portable"])
+def test_what_choices_that_remove_many_tokens_read(export, method, schedule, blocks, ops):
+    metadata, path = export(schedule, method, ops)
+    wanted = tuple(_QKV[block] for block in blocks)
+    assert of_onnx.asked(path, metadata) == wanted
+    if ops == "portable":
+        assert of_openvino.asked(path, metadata) == wanted
+        model = OpenVino().read(path)
+        named = kept(of_openvino._nodes(model, metadata), of_openvino._outputs(model), wanted)
+        shapes = {
+            tuple(node.get_output_partial_shape(0))[-1].get_length()
+            for node in model.get_ops()
+            if node.get_friendly_name() in named[-len(wanted) :] and wanted
+        }
+        assert shapes <= {3 * 64}
 
 
 @pytest.mark.parametrize(

@@ -69,16 +69,18 @@ def test_onnx(tmp_path, merged, images):
     maker = {value: node.op_type for node in model.graph.node for value in node.output}
     products = [n for n in model.graph.node if n.op_type == "MatMul"]
     in_int8 = [n for n in products if maker.get(n.input[1]) == "DequantizeLinear"]
-    assert len(in_int8) == 3 * 6 + 1  # qkv, projection, the first of the MLP; queries apart
+    n_merges = len(pipeline.describe(merged).decisions)
+    # projection, the first of the MLP, qkv but where an eighth of the tokens or more merge by keys
+    assert len(in_int8) == 3 * 6 + 1 - n_merges
     assert all(maker[n.input[0]] == "DequantizeLinear" for n in in_int8)
     others = [n for n in model.graph.node if n not in in_int8]
     assert not [
         n for n in others for value in n.input if maker.get(value) == "DequantizeLinear"
     ]  # fmt: skip
-    n_merges = len(pipeline.describe(merged).decisions)
-    assert sum(n.domain == DOMAIN for n in model.graph.node) == n_merges == report.kept_float
+    assert sum(n.domain == DOMAIN for n in model.graph.node) == n_merges
+    assert report.kept_float == 2 * n_merges
     assert len(model.functions) == len(onnx.load(merged).functions)
-    assert report.files[str(path)] < 0.7 * report.size_before
+    assert report.files[str(path)] < 0.8 * report.size_before
     assert report.after.likeness.top1.value > 0.9
     assert report.after.change.top1.value > -0.08
     assert report.n_calibrated == N_CALIBRATED
@@ -99,11 +101,12 @@ def test_openvino(tmp_path, portable, images):
     assert ours
     assert not [n for n in ours if n.get_type_name() == "FakeQuantize"]
     fakes = [n for n in graph.get_ops() if n.get_type_name() == "FakeQuantize"]
-    assert len(fakes) > 4 * 6
+    assert len(fakes) == 3 * 6 + 1  # as in ONNX Runtime
+    assert "node_conv2d" not in {f.input_value(0).get_node().get_friendly_name() for f in fakes}
     readers = {r.get_node().get_friendly_name() for f in fakes
                for r in f.output(0).get_target_inputs()}  # fmt: skip
     assert not [name for name in readers if DOMAIN in name]
-    assert _size_of_weights(path) < 0.4 * _size_of_weights(portable)
+    assert _size_of_weights(path) < 0.7 * _size_of_weights(portable)
     assert report.after.likeness.top1.value > 0.9
     assert {run.backend for run in report.verify.runs} == {"openvino"}
     assert report.tool.startswith("nncf 3.")
@@ -147,7 +150,7 @@ def test_shared_weights_stay_one(tmp_path, seeded, images, suffix):
     _quantize(tmp_path / f"float{suffix}", dataclasses.replace(images, labels=None),
               tmp_path / f"int8{suffix}")  # fmt: skip
     if suffix == ".xml":
-        assert _size_of_weights(tmp_path / "int8.xml") < 0.4 * _size_of_weights(
+        assert _size_of_weights(tmp_path / "int8.xml") < 0.7 * _size_of_weights(
             tmp_path / "float.xml"
         )
     else:
@@ -177,6 +180,9 @@ def test_baselines_are_quantized_alike(tmp_path, merged, images):
     assert [b.path for b in report.baselines] == [
         str(tmp_path / f"int8.{name}.onnx") for name in ("none", "bound")
     ]  # fmt: skip
+    files = (path, *(tmp_path / f"int8.{name}.onnx" for name in ("none", "bound")))
+    assert len({len(_int8_weights(file)) for file in files}) == 1  # the same products are float
+    assert [b.kept_float for b in report.baselines] == [report.kept_float / 2] * 2
     found, missing = baselines.find(
         BACKENDS[0], path, pipeline.describe(path), {"none": None, "bound": None}
     )

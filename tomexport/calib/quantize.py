@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -49,6 +49,7 @@ class Tool:
         backend: the runtime whose files it writes.
         suffix: of these.
         quantize: does it.
+        asked: says which products choices read.
         settings: how, for the metadata.
     """
 
@@ -56,13 +57,15 @@ class Tool:
     backend: str
     suffix: str
     quantize: Callable[..., None]
+    asked: Callable[[Path, Metadata], tuple[int, ...]]
     settings: dict[str, Any]
 
 
 TOOLS = (
-    Tool("nncf", "openvino", ".xml", with_nncf.quantize, with_nncf.SETTINGS),
+    Tool("nncf", "openvino", ".xml", with_nncf.quantize, with_nncf.asked,
+         with_nncf.SETTINGS),
     Tool("onnxruntime", "onnxruntime", ".onnx", with_onnx_runtime.quantize,
-         with_onnx_runtime.SETTINGS),
+         with_onnx_runtime.asked, with_onnx_runtime.SETTINGS),
 )  # fmt: skip
 
 
@@ -96,7 +99,7 @@ class QuantizeReport:
         n_calibrated: images that it was calibrated on.
         judged: which images it was judged on, in words.
         skipped: images that could not be read.
-        kept_float: nodes that stay float: ours, and what only chooses tokens.
+        kept_float: nodes that stay float: ours, what only chooses tokens, what large choices read.
         before: accuracy of the source in float32; None without labels.
         after: the int8 file beside its source, image by image.
         speed: None if it was not timed.
@@ -143,6 +146,7 @@ def quantize(
     min_agreement: float | None = None,
     timed: bool = True,
     with_baselines: bool = False,
+    like: str | Path | None = None,
     force: bool = False,
     progress: Progress = lambda message: None,
 ) -> QuantizeReport:
@@ -162,6 +166,7 @@ def quantize(
             written.
         timed: time both files.
         with_baselines: quantize STEM.none and STEM.bound, beside the file, alike.
+        like: the file that this one is a baseline of: the same products stay float.
         force: replace an existing file.
         progress: is told what is being done.
 
@@ -187,7 +192,8 @@ def quantize(
     calibration, skipped = _readable(drawn.calibrated, metadata)
     with staging(output) as folder:
         staged = folder / output.name
-        said = _write(tool, path, staged, calibration, golden, progress)
+        asked = _asked(tool, Path(like or path))
+        said = _write(tool, path, staged, calibration, golden, asked, progress)
         proof = verify(staged, backend=tool.backend, progress=progress)
         engines = [file_engine(file, tool.backend, precision="f32") for file in (path, staged)]
         before, found = (compute(each, drawn.judged, metadata, progress) for each in engines)
@@ -196,8 +202,8 @@ def quantize(
         files = {} if after.failures else publish(folder, output, force)
     rest = [
         quantize(
-            peer, images, target, limit=limit, seed=seed, timed=False, force=force,
-            progress=progress,
+            peer, images, target, limit=limit, seed=seed, timed=False, like=path,
+            force=force, progress=progress,
         )
         for peer, target in (peers if files else [])
     ]  # fmt: skip
@@ -229,12 +235,13 @@ def write_int8(path: Path, output: Path, images: ImageSet, progress: Progress) -
     tool = _tool(path, output)
     metadata, golden = read_artifact(pick("backend", BACKENDS, tool.backend), path)
     calibrated = images.take(range(min(len(images), N_CALIBRATED)))
-    _write(tool, path, output, _readable(calibrated, metadata)[0], golden, progress)
+    calibration = _readable(calibrated, metadata)[0]
+    _write(tool, path, output, calibration, golden, _asked(tool, path), progress)
 
 
 def _write(
     tool: Tool, path: Path, staged: Path, calibration: Calibration, golden: Golden,
-    progress: Progress,
+    asked: Sequence[int], progress: Progress,
 ) -> dict[str, Any]:  # fmt: skip
     """Write the int8 form of a file, and return what its metadata say of that."""
     said = {"tool": tool.name, "version": importlib.metadata.version(tool.name),
@@ -246,8 +253,12 @@ def _write(
         return {METADATA_KEY: own.to_json(), GOLDEN_KEY: golden.to_text()}
 
     progress(f"quantizing with {tool.name}")
-    tool.quantize(path, staged, calibration, text)
+    tool.quantize(path, staged, calibration, asked, text)
     return said
+
+
+def _asked(tool: Tool, path: Path) -> tuple[int, ...]:
+    return tool.asked(path, read_artifact(pick("backend", BACKENDS, tool.backend), path)[0])
 
 
 def _tool(path: Path, output: Path) -> Tool:

@@ -7,7 +7,7 @@ over when the file is loaded.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ import numpy as np
 
 from tomexport import scratch
 from tomexport.artifact import DOMAIN, Array, Metadata
-from tomexport.calib.choosing import Node, choosing
+from tomexport.calib import choosing
+from tomexport.calib.choosing import Node
 from tomexport.calib.quantizers import smoothing
 from tomexport.calib.quantizers.calibration import Calibration
 from tomexport.errors import ExportError, need, plain
@@ -32,15 +33,24 @@ SETTINGS = {
 }  # fmt: skip
 
 
+def asked(source: Path, metadata: Metadata) -> tuple[int, ...]:
+    """Return which products choices of a file read, as `choosing.asked` does."""
+    model = need("onnx", "onnxruntime").load(source)
+    nodes = list(_nodes(model, metadata))
+    return choosing.asked(nodes, choosing.choosing(nodes, _outputs(model)), metadata)
+
+
 def quantize(
-    source: Path, staged: Path, calibration: Calibration, text: Callable[[int], dict[str, str]]
-) -> None:
+    source: Path, staged: Path, calibration: Calibration, asked: Sequence[int],
+    text: Callable[[int], dict[str, str]],
+) -> None:  # fmt: skip
     """Write the int8 form of an .onnx file.
 
     Args:
         source: .onnx that tomexport wrote.
         staged: the .onnx to write.
         calibration: what to calibrate on.
+        asked: which products stay float, because choices read them.
         text: what to write into metadata_props, given how many nodes stay float.
 
     Raises: MissingExtraError without ONNX Runtime, ExportError if it fails.
@@ -48,7 +58,7 @@ def quantize(
     onnx = need("onnx", "onnxruntime")
     tool = need("onnxruntime.quantization", "onnxruntime")
     model = onnx.load(source)
-    scope = choosing(_nodes(model, calibration.metadata), _outputs(model))
+    scope = choosing.kept(_nodes(model, calibration.metadata), _outputs(model), asked)
     products = _products(model, set(scope))
     names = [node.name for node in products]
     _smooth(model, products, source, calibration)
@@ -115,14 +125,19 @@ def _smooth(model: Any, products: list[Any], source: Path, calibration: Calibrat
 
 def _nodes(model: Any, metadata: Metadata) -> Iterator[Node]:
     decisions = set(metadata.decisions)
+    weights = {tensor.name for tensor in model.graph.initializer}
     maker = {value: node.name for node in model.graph.node for value in node.output}
     shapes = {value.name: value.type.tensor_type.shape.dim for value in model.graph.value_info}
     for node in model.graph.node:
         inputs = tuple(
-            (maker.get(value, ""), _is_tokens(shapes.get(value, ()))) for value in node.input
+            (maker.get(value, ""), value not in weights and _is_tokens(shapes.get(value, ())))
+            for value in node.input
         )
         ours = "node" if node.domain == DOMAIN else "body" if DOMAIN in node.name else ""
-        yield Node(node.name, inputs, ours, bool(decisions & set(node.output)))
+        decides = next((value for value in node.output if value in decisions), "")
+        product = node.op_type in ("MatMul", "Gemm", "Conv") and node.input[1] in weights
+        sums = node.op_type == "Add" and all(is_tokens for _, is_tokens in inputs)
+        yield Node(node.name, inputs, ours, decides, product, sums)
 
 
 def _is_tokens(shape: Any) -> bool:
