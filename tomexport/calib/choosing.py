@@ -66,7 +66,7 @@ def choosing(nodes: Iterable[Node], outputs: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for name in graph if name not in network)
 
 
-def asked(nodes: Sequence[Node], scope: Iterable[str], metadata: Metadata) -> tuple[int, ...]:
+def asked(nodes: Sequence[Node], outputs: Iterable[str], metadata: Metadata) -> tuple[int, ...]:
     """Return which products of the network are read by choices that remove many tokens.
 
     Backwards from the choice, as far as the first product on each way, a sum of branches, or
@@ -74,10 +74,10 @@ def asked(nodes: Sequence[Node], scope: Iterable[str], metadata: Metadata) -> tu
 
     Args:
         nodes: the graph, without constants.
-        scope: what `choosing` says of it.
+        outputs: names of the nodes that give the model's outputs.
         metadata: of the file, whose plan says what each choice removes.
 
-    Returns: places among `products`, which the file's baselines have as well.
+    Returns: places among the products of the network, of which the file's baselines have as many.
     """
     graph = {node.name: node for node in nodes}
     steps = (step for step in metadata.plan.steps if step.removed)  # the last can be missing
@@ -99,18 +99,19 @@ def asked(nodes: Sequence[Node], scope: Iterable[str], metadata: Metadata) -> tu
         node = graph[name]
         if not (node.product or node.decides or node.sum):
             left += [source for source, _ in node.inputs]
-    return tuple(i for i, name in enumerate(products(nodes, scope)) if name in seen)
+    named = _products(nodes, choosing(nodes, outputs))
+    return tuple(i for i, name in enumerate(named) if name in seen)
 
 
 def kept(nodes: Iterable[Node], outputs: Iterable[str], asked: Iterable[int]) -> tuple[str, ...]:
     """Return the names of the nodes that stay float: what chooses, and the products asked for."""
     nodes = tuple(nodes)
     scope = choosing(nodes, outputs)
-    named = products(nodes, scope)
+    named = _products(nodes, scope)
     return (*scope, *(named[i] for i in asked))
 
 
-def products(nodes: Iterable[Node], scope: Iterable[str]) -> tuple[str, ...]:
+def _products(nodes: Iterable[Node], scope: Iterable[str]) -> tuple[str, ...]:
     """Return the names of the products with weights that do not choose, in the order of nodes."""
     chooses = set(scope)
     return tuple(node.name for node in nodes if node.product and node.name not in chooses)

@@ -36,8 +36,7 @@ SETTINGS = {
 def asked(source: Path, metadata: Metadata) -> tuple[int, ...]:
     """Return which products choices of a file read, as `choosing.asked` does."""
     model = need("onnx", "onnxruntime").load(source)
-    nodes = list(_nodes(model, metadata))
-    return choosing.asked(nodes, choosing.choosing(nodes, _outputs(model)), metadata)
+    return choosing.asked(tuple(_nodes(model, metadata)), _outputs(model), metadata)
 
 
 def quantize(
