@@ -37,13 +37,33 @@ def _noise(path, seed=0, shape=(12, 10, 3)):
 
 
 @pytest.mark.parametrize(
-    "name", ["deit_tiny_patch16_224", "vit_base_patch16_384", "vit_base_patch16_siglip_224"]
+    "name",
+    [
+        "deit_tiny_patch16_224", "vit_base_patch16_384", "vit_base_patch16_siglip_224",
+        "eva02_base_patch14_448", "vit_so400m_patch16_siglip_gap_384",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "size", [(600, 400), (400, 600), (500, 333), (333, 501), (448, 448), (90, 61)]
 )
-@pytest.mark.parametrize("turned", [False, True])
-def test_equals_timm(photograph, name, turned):
-    if turned:
-        Image.open(photograph).transpose(Image.Transpose.ROTATE_90).save(photograph)
+def test_equals_timm(photograph, name, size):
+    image = Image.open(photograph).convert("RGB").resize(size)
     how = zoo.preprocessing(name)
+    found = prepare(image, (3, *how["size"]), how)
+    assert np.abs(found - _by_timm(image, how)).max() < 1e-5
+
+
+@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("wanted", [(224, 224), (160, 256), (96, 64)])
+@pytest.mark.parametrize("size", [(600, 400), (401, 601), (90, 61)])
+def test_each_way_to_crop_is_timms(photograph, mode, wanted, size):
+    image = Image.open(photograph).convert("RGB").resize(size)
+    how = zoo.preprocessing("deit_tiny_patch16_224") | {"crop_mode": mode, "size": wanted}
+    found = prepare(image, (3, *wanted), how)
+    assert np.abs(found - _by_timm(image, how)).max() < 1e-5
+
+
+def _by_timm(image, how):
     timm()
     from timm.data import create_transform
 
@@ -51,10 +71,19 @@ def test_equals_timm(photograph, name, turned):
         input_size=(3, *how["size"]),
         **{key: how[key] for key in ("interpolation", "mean", "std", "crop_pct", "crop_mode")},
     )
-    expected = transform(Image.open(photograph).convert("RGB")).numpy()
-    found = prepare(Image.open(photograph), (3, *how["size"]), how)
-    assert found.shape == expected.shape
-    assert np.abs(found - expected).max() < 1e-5
+    return transform(image).numpy()
+
+
+def test_sixteen_bits_are_as_bright_as_eight(photograph):
+    grey = Image.open(photograph).convert("L")
+    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    assert deep.mode == "I;16"
+    how = zoo.preprocessing("deit_tiny_patch16_224")
+    shape = (3, 224, 224)
+    np.testing.assert_array_equal(prepare(deep, shape, how), prepare(grey, shape, how))
+    for mode in ("I", "F"):
+        with pytest.raises(ImageError, match=rf"32 bits \(mode {mode}\).* save it with 8 or 16"):
+            prepare(grey.convert(mode), shape, how)
 
 
 def test_a_folder_is_searched_in_order(tmp_path, photograph):

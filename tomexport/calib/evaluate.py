@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tomexport import pipeline
+from tomexport import __version__, pipeline
 from tomexport.artifact import Array, Metadata
 from tomexport.calib.fidelity import Estimate, Likeness, difference, hits, likeness, share
 from tomexport.calib.images import ImageSet, Skipped
@@ -339,5 +339,5 @@ def _pytorch(path: Path, metadata: Metadata, model: str | Path, arch: str | None
     import torch
 
     identity = {"weights": metadata.weights_sha256, "names": metadata.names, "runtime": "pytorch",
-                "version": torch.__version__}  # fmt: skip
+                "version": torch.__version__, "tomexport": __version__}  # fmt: skip
     return Engine(f"{model}, PyTorch", identity, run)

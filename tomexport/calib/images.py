@@ -24,6 +24,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 LABELS = "labels.csv"  # found by itself beside the images
 NO_LABELS = "none"  # what --labels says to leave them aside
 BATCH = 32
+PREPARED = 2  # the version of `prepare`: outputs that are kept are of the same pixels
 _MOST_PIXELS = 10**8  # of a resized image, before it is cropped
 
 
@@ -289,7 +290,7 @@ PLAIN: Mapping[str, Any] = {
 
 
 def preprocessing(metadata: Metadata) -> Mapping[str, Any]:
-    """Return how a file wants its images: crop_pct, interpolation, mean and std, as timm has them.
+    """Return how a file wants its images: size, crop, filter, mean and std, as timm has them.
 
     Where the architecture's names differ in mean and std, those of the first are taken; where
     nothing is known, the whole image, bicubic, in [−1, 1].
@@ -298,38 +299,91 @@ def preprocessing(metadata: Metadata) -> Mapping[str, Any]:
 
 
 def prepare(image: Any, shape: tuple[int, int, int], how: Mapping[str, Any]) -> Array:
-    """Resize the shorter side of an image, crop the centre, normalise.
+    """Resize an image, take its centre, normalise: what timm's own evaluation transform does.
 
     Args:
-        image: Pillow's, of any mode; it is converted to RGB, or to grey for one channel.
+        image: Pillow's, of any mode but 32-bit ones; it is converted to RGB, or to grey for one
+            channel.
         shape: (channels, height, width) of the result.
-        how: crop_pct, interpolation, mean and std, as timm has them. Of three means, a model of
-            one channel takes the mean.
+        how: crop_mode, crop_pct, interpolation, mean and std, as timm has them. Of three means, a
+            model of one channel takes the mean.
 
     Returns:
         (channels, height, width) float32.
 
-    Raises: ImageError if the image is so long and thin that it would not fit into memory.
+    Raises: ImageError if the image is so long and thin that it would not fit into memory, or if
+        what is white in it is not known.
     """
-    channels, *size = shape
+    channels, height, width = shape
     filters = need("PIL.Image", "calib").Resampling
     kind = getattr(filters, str(how["interpolation"]).upper(), filters.BICUBIC)
-    scale = math.floor(min(size) / how["crop_pct"]) / min(image.size)
-    resized = [
-        max(side, round(length * scale))
-        for side, length in zip(size[::-1], image.size, strict=True)
-    ]
+    resized = _resized(image.size, (width, height), how)
     if math.prod(resized) > _MOST_PIXELS:
         raise ImageError(
             f"The image is {image.size[0]}×{image.size[1]} pixels, too long and thin to be resized "
             f"to {min(resized)} on its shorter side."
         )
-    image = image.convert("RGB" if channels == 3 else "L").resize(resized, kind)
-    left, top = (round((a - b) / 2) for a, b in zip(image.size, size[::-1], strict=True))
-    image = image.crop((left, top, left + size[1], top + size[0]))
-    pixels = np.asarray(image, np.float32).reshape(*size, channels) / 255
+    image = _in_8_bits(image).convert("RGB" if channels == 3 else "L").resize(resized, kind)
     mean, std = (np.asarray(how[name], np.float32) for name in ("mean", "std"))
     if channels == 1:
         mean, std = mean.mean(), std.mean()
-    result: Array = np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1))
+    pixels = _centre(np.asarray(image).reshape(*resized[::-1], channels), height, width, mean)
+    result: Array = np.ascontiguousarray(
+        ((pixels.astype(np.float32) / 255 - mean) / std).transpose(2, 0, 1)
+    )
     return result
+
+
+def _resized(
+    size: tuple[int, int], wanted: tuple[int, int], how: Mapping[str, Any]
+) -> tuple[int, int]:
+    """Return the width and height that an image is resized to before its centre is taken."""
+    scale = tuple(math.floor(side / how["crop_pct"]) for side in wanted)
+    mode = how.get("crop_mode", "center")
+    if mode == "squash":
+        return scale[0], scale[1]
+    ratios = [have / want for have, want in zip(size, scale, strict=True)]
+    if mode == "center" and scale[0] == scale[1]:  # torchvision cuts the longer side's fraction off
+        short, long = min(size), max(size)
+        longer = int(scale[0] * long / short)
+        return (scale[0], longer) if size[0] <= size[1] else (longer, scale[0])
+    ratio = max(ratios) if mode == "border" else min(ratios)
+    return max(1, round(size[0] / ratio)), max(1, round(size[1] / ratio))
+
+
+def _in_8_bits(image: Any) -> Any:
+    """Bring 16-bit grey down to 8, which Pillow's own conversion would cut off at white.
+
+    Raises: ImageError for 32 bits.
+    """
+    if image.mode.startswith("I;16"):
+        grey = (np.asarray(image, np.float32) / 257).round().astype(np.uint8)
+        return need("PIL.Image", "calib").fromarray(grey)
+    if image.mode in ("I", "F"):
+        raise ImageError(
+            f"Its pixels are of 32 bits (mode {image.mode}), so that what is white is not known; "
+            "save it with 8 or 16 bits."
+        )
+    return image
+
+
+def _centre(pixels: Array, height: int, width: int, mean: Array) -> Array:
+    """Cut the centre out of (rows, columns, channels) uint8; what is missing is filled with mean.
+
+    Args:
+        pixels: of the resized image.
+        height: of the centre.
+        width: likewise.
+        mean: (channels,), as a share of white.
+    """
+    for axis, side in ((0, height), (1, width)):
+        over = pixels.shape[axis] - side
+        if over > 0:
+            pixels = np.take(pixels, np.arange(side) + round(over / 2), axis)
+        elif over < 0:
+            shape = [*pixels.shape]
+            shape[axis] = -over
+            fill = np.broadcast_to((mean * 255).round().astype(np.uint8), shape)
+            first, last = np.split(fill, [-over // 2], axis)
+            pixels = np.concatenate([first, pixels, last], axis)
+    return pixels

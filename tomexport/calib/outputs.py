@@ -19,7 +19,7 @@ import numpy as np
 
 from tomexport import __version__, scratch
 from tomexport.artifact import Array, Metadata
-from tomexport.calib.images import ImageSet, Skipped, preprocessing, require_some
+from tomexport.calib.images import PREPARED, ImageSet, Skipped, preprocessing, require_some
 from tomexport.errors import BackendError, need, pick
 from tomexport.kernels import cache
 from tomexport.runtime.load import BACKENDS, load
@@ -168,6 +168,7 @@ def _key(engine: Engine, images: ImageSet, part: range, metadata: Metadata) -> s
         "engine": dict(engine.identity),
         "images": images.digest(part),
         "preprocessing": dict(preprocessing(metadata)),
+        "prepared": PREPARED,
         "shape": metadata.input_shape[1:],
         "pillow": need("PIL", "calib").__version__,
     }
