@@ -401,14 +401,17 @@ def original(
         arch: timm name of a checkpoint's architecture; None takes the file's.
 
     Returns:
-        A function from images (B, channels, height, width) float32 to outputs (B, classes).
+        A function from images (B, channels, height, width) float32 to what the file puts out.
 
     Raises: VerifyError if the weights are not those of the file, and what `reduce` raises.
     """
-    found = _exported_from(path, describe(path), model, arch)
+    metadata = describe(path)
+    found = _exported_from(path, metadata, model, arch)
     import torch
 
     module = found.model.eval()
+    if metadata.output == TOKENS:
+        module = _reduce(found, Schedule.parse("none"), DEFAULT_METHOD, metadata.prop_attn, TOKENS)
 
     def run(images: Array) -> Array:
         with torch.no_grad():

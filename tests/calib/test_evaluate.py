@@ -120,9 +120,9 @@ def test_some_labels_are_missing(merged, images):
 
 
 def test_class_folders_must_be_as_many_as_classes(merged, images):
-    report = evaluate(merged, dataclasses.replace(images, n_folders=3), backends=["onnxruntime"])
+    report = evaluate(merged, dataclasses.replace(images, n_names=3), backends=["onnxruntime"])
     assert report.n_labelled == 0
-    assert "these are left aside: the model has 10 classes" in report.notes[-1]
+    assert "3 names do not say which of the model's 10 classes is which" in report.notes[-1]
 
 
 def test_features_have_no_classes(tmp_path, seeded, images):

@@ -268,7 +268,7 @@ def test_class_folders_in_sorted_order(tmp_path):
     assert dict(zip(images.names, images.labels, strict=True)) == {
         "ant/inner/2.png": 0, "bee/3.png": 1, "cat/1.png": 2,
     }  # fmt: skip
-    assert images.n_folders == 3
+    assert images.n_names == 3
     (note,) = images.notes
     assert note == "labels are the 3 class folders in sorted order: ant is 0, cat is 2"
 

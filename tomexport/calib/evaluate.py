@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tomexport import __version__, pipeline
-from tomexport.artifact import Array, Metadata
+from tomexport.artifact import Array, Golden, Metadata
 from tomexport.calib.fidelity import Estimate, Likeness, difference, hits, likeness, share
 from tomexport.calib.images import ImageSet, Skipped
 from tomexport.calib.outputs import Engine, Outputs, Progress, compute, file_engine
@@ -149,8 +149,8 @@ def evaluate(
         for precision in precisions or (None,):
             check_device(backend, Request(device, precision=precision))
     metadata, golden = read_artifact(chosen[0], path)
-    labels, notes = labels_of(images, metadata, golden.reduced.shape[1])
-    judge = Judge(metadata.output, labels, min_top1, min_agreement)
+    images = images.classed(n_classes(metadata, golden))
+    judge = Judge(metadata.output, label_array(images), min_top1, min_agreement)
 
     def load(file: Path, backend: Backend, precision: str | None) -> Engine:
         progress(f"{backend.name}: loading {file.name}")
@@ -179,7 +179,7 @@ def evaluate(
         images=images.described(found.skipped), n_labelled=judge.n_labelled(found),
         skipped=found.skipped, reference=reference.name if reference else None,
         reference_accuracy=judge.accuracy(expected) if expected else None,
-        runs=tuple(runs), notes=(*images.notes, *notes),
+        runs=tuple(runs), notes=images.notes,
     )  # fmt: skip
 
 
@@ -285,28 +285,16 @@ class Judge:
                 yield f"{what} is {found.value:.2%}, the limit is {limit:.2%}"
 
 
-def labels_of(
-    images: ImageSet, metadata: Metadata, n_classes: int
-) -> tuple[Array | None, list[str]]:
-    """Return the class of each image, −1 for none; or None, and why they say nothing."""
+def n_classes(metadata: Metadata, golden: Golden) -> int | None:
+    """Return how many classes a file tells apart; None if it gives no classes."""
+    return golden.reduced.shape[1] if metadata.output == "logits" else None
+
+
+def label_array(images: ImageSet) -> Array | None:
+    """Return the class of each image, −1 for none; None if no image has one."""
     if images.labels is None:
-        return None, []
-    if metadata.output != "logits":
-        return None, [f"the file gives {metadata.output}, no classes: labels are left aside"]
-    if images.n_folders and images.n_folders != n_classes:
-        return None, [
-            f"these are left aside: the model has {n_classes} classes, so folders do not say which "
-            "is which; --labels FILE does"
-        ]
-    labels = np.array([-1 if label is None else label for label in images.labels], np.int64)
-    wrong = np.flatnonzero((labels >= n_classes) | (labels < -1))
-    if len(wrong):
-        raise ImageError(
-            f"{images.names[wrong[0]]} is of class {labels[wrong[0]]}, and the model has "
-            f"{n_classes}, counted from 0. Name another column with --labels FILE:COLUMN, or leave "
-            "labels aside with --labels none."
-        )
-    return labels, []
+        return None
+    return np.array([-1 if label is None else label for label in images.labels], np.int64)
 
 
 def _baseline(

@@ -69,7 +69,7 @@ class ImageSet:
         labels: the class of each, None where it has none; None if no image has one.
         n_found: how many images there are.
         notes: where the labels are from, in words.
-        n_folders: class folders that the labels are from; 0 if they are from elsewhere.
+        n_names: names that labels are numbered by, in sorted order; 0 where numbers were given.
         pixels: (N, height, width, 3) or (N, height, width) uint8 of an .npz, those to take.
     """
 
@@ -78,7 +78,7 @@ class ImageSet:
     labels: tuple[int | None, ...] | None
     n_found: int
     notes: tuple[str, ...] = ()
-    n_folders: int = 0
+    n_names: int = 0
     pixels: Array | None = field(default=None, repr=False, compare=False)
 
     @classmethod
@@ -107,7 +107,7 @@ class ImageSet:
         given = None if labels == NO_LABELS else labels
         found = _from_npz(source, given) if source.is_file() else _from_folder(source, given)
         if labels == NO_LABELS:
-            found = dataclasses.replace(found, labels=None, notes=(), n_folders=0)
+            found = dataclasses.replace(found, labels=None, notes=(), n_names=0)
         return found._drawn(limit, seed)
 
     def _drawn(self, limit: int | None, seed: int) -> ImageSet:
@@ -125,9 +125,38 @@ class ImageSet:
             self.labels and tuple(self.labels[i] for i in pick),
             self.n_found,
             self.notes,
-            self.n_folders,
+            self.n_names,
             None if self.pixels is None else self.pixels[pick],
         )
+
+    def classed(self, n_classes: int | None) -> ImageSet:
+        """Return the same images with labels that are a model's classes, or with none.
+
+        Args:
+            n_classes: of the model; None for one whose outputs are no classes.
+
+        Raises: ImageError if a label is none of its classes.
+        """
+        if self.labels is None:
+            return self
+        if n_classes is None:
+            return self._unlabelled("the model gives no classes: labels are left aside")
+        if self.n_names and self.n_names != n_classes:
+            return self._unlabelled(
+                f"these are left aside: {self.n_names} names do not say which of the model's "
+                f"{n_classes} classes is which; --labels FILE with class indices does"
+            )
+        for name, label in zip(self.names, self.labels, strict=True):
+            if label is not None and not 0 <= label < n_classes:
+                raise ImageError(
+                    f"{name} is of class {label}, and the model has {n_classes}, counted from 0. "
+                    "Name another column with --labels FILE:COLUMN, or leave labels aside with "
+                    "--labels none."
+                )
+        return self
+
+    def _unlabelled(self, why: str) -> ImageSet:
+        return dataclasses.replace(self, labels=None, notes=(*self.notes, why), n_names=0)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -248,7 +277,7 @@ def _from_folder(folder: Path, labels: str | None) -> ImageSet:
         found = class_folders(names)
     if found is None:
         return ImageSet(folder, names, None, len(names))
-    return ImageSet(folder, names, found.classes, len(names), (found.note,), found.n_folders)
+    return ImageSet(folder, names, found.classes, len(names), (found.note,), found.n_names)
 
 
 def _from_npz(path: Path, labels: str | None) -> ImageSet:
@@ -281,7 +310,8 @@ def _from_npz(path: Path, labels: str | None) -> ImageSet:
     if classes is None:
         return ImageSet(path, names, None, n, pixels=pixels)
     note = f"labels are those of {path.name}"
-    return ImageSet(path, names, tuple(classes.tolist()), n, (note,), pixels=pixels)
+    known = tuple(None if each == -1 else each for each in classes.tolist())
+    return ImageSet(path, names, known, n, (note,), pixels=pixels)
 
 
 PLAIN: Mapping[str, Any] = {

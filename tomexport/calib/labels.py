@@ -21,12 +21,12 @@ class Labels:
     Attributes:
         classes: class indices, in the order of the images; None for an image without.
         note: where they are from, in words.
-        n_folders: class folders they are from; 0 for a csv.
+        n_names: names that classes are numbered by, in sorted order; 0 where numbers are given.
     """
 
     classes: tuple[int | None, ...]
     note: str
-    n_folders: int = 0
+    n_names: int = 0
 
 
 def class_folders(names: Sequence[str]) -> Labels | None:
@@ -65,14 +65,14 @@ def from_csv(wanted: str, names: Sequence[str]) -> Labels:
                 f"{path} gives {name} two classes, {given[name]!r} and {value!r}; leave one."
             )
     given = {name: value for name, value in given.items() if value}
-    index, how = _indices(path, column, set(given.values()))
+    index, n_names, how = _indices(path, column, set(given.values()))
     ends = _unique_ends(names)
     classes = tuple(index.get(_entry(given, name, ends)) for name in names)
     n_labelled = sum(c is not None for c in classes)
     if not n_labelled:
         raise ImageError(f"Column {column!r} of {path} has no class for any of the images.")
     some = "" if n_labelled == len(names) else f", for {n_labelled} of {len(names)} images"
-    return Labels(classes, f"labels are column {column!r} of {path.name}{how}{some}")
+    return Labels(classes, f"labels are column {column!r} of {path.name}{how}{some}", n_names)
 
 
 def _path_and_column(wanted: str) -> tuple[Path, str | None]:
@@ -132,11 +132,11 @@ def _class_column(path: Path, headings: list[str], file_column: str, wanted: str
     return wanted or (known or others)[0]
 
 
-def _indices(path: Path, column: str, values: set[str]) -> tuple[dict[str, int], str]:
-    """Return the class index of each entry, and how it was found, in words."""
+def _indices(path: Path, column: str, values: set[str]) -> tuple[dict[str, int], int, str]:
+    """Return the class index of each entry, how many names it is from, and how, in words."""
     numbers = {value for value in values if re.fullmatch(r"\d{1,9}", value)}
     if numbers == values:
-        return {value: int(value) for value in values}, ""
+        return {value: int(value) for value in values}, 0, ""
     if numbers:
         odd = min(values - numbers)
         raise ImageError(
@@ -145,7 +145,7 @@ def _indices(path: Path, column: str, values: set[str]) -> tuple[dict[str, int],
         )
     order = sorted(values)
     how = f", names in sorted order: {order[0]} is 0, {order[-1]} is {len(order) - 1}"
-    return {value: i for i, value in enumerate(order)}, how
+    return {value: i for i, value in enumerate(order)}, len(order), how
 
 
 def _unique_ends(names: Sequence[str]) -> set[str]:

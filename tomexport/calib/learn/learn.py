@@ -23,7 +23,7 @@ from tomexport.calib.learn.lessons import Lessons
 from tomexport.calib.learn.soft import SOFT
 from tomexport.calib.learn.train import Course, Learned, train
 from tomexport.delivery import check_file, publish, staging
-from tomexport.errors import ImageError, LearnError, RewriteError
+from tomexport.errors import ExportError, ImageError, LearnError, RewriteError
 from tomexport.exporter import zoo
 from tomexport.exporter.families import family_of
 from tomexport.exporter.methods.dtem import DTEM
@@ -89,6 +89,7 @@ class LearnReport:
         learned: what training says of itself.
         judgements: before and after, per schedule.
         skipped: images that could not be read, and why.
+        labels: where labels are from, and why they were left aside, in words.
         module: the model, carrying its embeddings: `tomexport.export` takes it.
     """
 
@@ -103,12 +104,13 @@ class LearnReport:
     learned: Learned
     judgements: tuple[Judgement, ...]
     skipped: Mapping[str, str]
+    labels: tuple[str, ...]
     module: nn.Module = field(repr=False, compare=False)
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What the user should know of how it went."""
-        notes = []
+        notes = [*self.labels]
         if self.learned.resumed_at:
             notes.append(f"went on from step {self.learned.resumed_at}")
         if self.skipped:
@@ -126,6 +128,7 @@ class LearnReport:
             "learned": dataclasses.asdict(self.learned),
             "judgements": judgements,
             "skipped": dict(self.skipped),
+            "labels": list(self.labels),
             "notes": list(self.notes),
         }
 
@@ -183,7 +186,8 @@ def learn(
     wanted = [Schedule.parse(text) for text in dict.fromkeys([schedule, *judge])]
     found = find(model, arch=arch)
     model_ = _frozen(found)
-    learners, held_out = _split(images, course.seed, targets, model_.num_classes)
+    images = images.classed(model_.num_classes)
+    learners, held_out = _split(images, course.seed, targets)
     if dim is not None and dim < 1:
         raise LearnError(f"--dim {dim} holds nothing; use 1 or more, or leave it out.")
     how = how or found.preprocessing or _first_known(found) or PLAIN
@@ -226,8 +230,9 @@ def learn(
     state_of(output).unlink(missing_ok=True)
     attach(model_, embeddings)
     return LearnReport(
-        str(output), found.name, wanted[0].text, targets, images.description, len(learners),
-        len(original), course, learned, judgements, skipped, model_,
+        str(output), found.name, wanted[0].text, targets, images.description,
+        sum(name not in skipped for name in learners.names), len(original), course, learned,
+        judgements, skipped, images.notes, model_,
     )  # fmt: skip
 
 
@@ -237,8 +242,11 @@ def state_of(output: Path) -> Path:
 
 
 def _check_output(output: Path, force: bool, model: object) -> None:
-    suffix = output.suffix if output.suffix in SUFFIXES else SUFFIXES[0]
-    check_file(output, suffix, "a checkpoint", force)
+    if output.suffix not in SUFFIXES:
+        raise ExportError(
+            f"{output.name}: a checkpoint is a {' or '.join(SUFFIXES)}, not {output.suffix!r}."
+        )
+    check_file(output, output.suffix, "a checkpoint", force)
     is_there = isinstance(model, (str, Path)) and Path(model).exists() and output.exists()
     if is_there and output.samefile(str(model)):
         raise LearnError(f"Writing {output.name} would replace the model; name another file.")
@@ -285,7 +293,7 @@ def _reduced(
     return ReducedModel(model, plan, method, own=own)
 
 
-def _split(images: ImageSet, seed: int, targets: str, n_classes: int) -> tuple[ImageSet, ImageSet]:
+def _split(images: ImageSet, seed: int, targets: str) -> tuple[ImageSet, ImageSet]:
     """Hold a quarter of the images out."""
     if targets not in (LOGITS, LABELS):
         raise LearnError(f"Unknown targets {targets!r}; known: {LABELS}, {LOGITS}.")
@@ -293,12 +301,6 @@ def _split(images: ImageSet, seed: int, targets: str, n_classes: int) -> tuple[I
         raise ImageError(
             f"Not every image of {images.source} has a label, so labels cannot be the targets. "
             "Name a csv with --labels, or learn from the unmerged model: --targets logits."
-        )
-    known = [label for label in images.labels or () if label is not None]
-    if targets == LABELS and not 0 <= min(known) <= max(known) < n_classes:
-        raise ImageError(
-            f"The labels of {images.source} are {min(known)} to {max(known)}, and the model has "
-            f"{n_classes} classes, from 0. Give labels that are its class indices."
         )
     if len(images) < 8:
         raise ImageError(
