@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from tomexport.artifact import GOLDEN_KEY, METADATA_KEY, Golden, Metadata
-from tomexport.calib.evaluate import Accuracy, Evaluated, Judge, labels_of
+from tomexport.calib.evaluate import Accuracy, Evaluated, Judge, label_array, n_classes
 from tomexport.calib.images import ImageSet, Skipped, require_some
 from tomexport.calib.outputs import Progress, compute, file_engine, parts
 from tomexport.calib.quantizers import onnx as with_onnx_runtime
@@ -101,7 +101,8 @@ class QuantizeReport:
         skipped: images that could not be read.
         kept_float: nodes that stay float: ours, what only chooses tokens, what large choices read.
         before: accuracy of the source in float32; None without labels.
-        after: the int8 file beside its source, image by image.
+        after: the int8 file, in the precision that the runtime gives the rest of it by itself,
+            beside its source in float32, image by image.
         speed: None if it was not timed.
         verify: beside PyTorch, as `verify` does.
         verdict: what can be said, in words.
@@ -146,7 +147,6 @@ def quantize(
     min_agreement: float | None = None,
     timed: bool = True,
     with_baselines: bool = False,
-    like: str | Path | None = None,
     force: bool = False,
     progress: Progress = lambda message: None,
 ) -> QuantizeReport:
@@ -165,8 +165,8 @@ def quantize(
         min_agreement: the least share of images with the source's first class; below, nothing is
             written.
         timed: time both files.
-        with_baselines: quantize STEM.none and STEM.bound, beside the file, alike.
-        like: the file that this one is a baseline of: the same products stay float.
+        with_baselines: quantize STEM.none and STEM.bound, beside the file, alike: the same
+            products stay float.
         force: replace an existing file.
         progress: is told what is being done.
 
@@ -174,69 +174,110 @@ def quantize(
         without the tool, BackendError without the runtime. Nothing is left behind.
     """
     path, output = Path(path), Path(output)
-    peers = [(beside(path, n), beside(output, n)) for n in (NONE, BOUND) if with_baselines]
-    for source, target in ((path, output), *peers):
+    wanted = {path: output} | {
+        beside(path, name): beside(output, name) for name in (NONE, BOUND) if with_baselines
+    }
+    for source, target in wanted.items():
         check_output(source, target, force)
     tool = _tool(path, output)
     backend = pick("backend", BACKENDS, tool.backend)
-    for source in (path, *(peer for peer, _ in peers)):
+    for source in wanted:
         require_readable(source, backend)
     metadata, golden = read_artifact(backend, path)
     if metadata.quantization:
         raise ArtifactError(f"{path} is int8 already; quantize the float file it was made from.")
+    images = images.classed(n_classes(metadata, golden))
     drawn = _draw(images, limit, seed)
-    labels, notes = labels_of(drawn.judged, metadata, golden.reduced.shape[1])
-    judge = Judge(metadata.output, labels, None, min_agreement)
+    judge = Judge(metadata.output, label_array(drawn.judged), None, min_agreement)
     judge.check_limits()
-    progress("reading the images to calibrate on")
-    calibration, skipped = _readable(drawn.calibrated, metadata)
+    asked = tool.asked(path, metadata)
+    reports: list[QuantizeReport] = []
     with staging(output) as folder:
-        staged = folder / output.name
-        asked = _asked(tool, Path(like or path))
-        said = _write(tool, path, staged, calibration, golden, asked, progress)
-        proof = verify(staged, backend=tool.backend, progress=progress)
-        engines = [file_engine(file, tool.backend, precision="f32") for file in (path, staged)]
-        before, found = (compute(each, drawn.judged, metadata, progress) for each in engines)
-        after = judge.run(engines[1], found, before)
-        speed = _time(path, staged, tool.backend, calibration.batch, progress) if timed else None
-        files = {} if after.failures else publish(folder, output, force)
-    rest = [
-        quantize(
-            peer, images, target, limit=limit, seed=seed, timed=False, like=path,
-            force=force, progress=progress,
+        for source, target in wanted.items():
+            one = _One(tool, source, target, folder / target.name, drawn, asked, progress)
+            reports.append(one.make(judge, timed=timed and source == path))
+            judge = dataclasses.replace(judge, min_agreement=None)  # baselines have no limits
+            if not reports[0].passed:
+                break
+        files = publish(folder, output, force) if reports[0].passed else {}
+    first, *rest = (dataclasses.replace(each, files=_own(files, each.path)) for each in reports)
+    return dataclasses.replace(first, baselines=tuple(rest))
+
+
+def _own(files: dict[str, int], path: str) -> dict[str, int]:
+    """Return those of the files that a path's consists of."""
+    return {str(part): files[str(part)] for part in parts(Path(path)) if str(part) in files}
+
+
+@dataclass(frozen=True)
+class _One:
+    """A file to make of another.
+
+    Attributes:
+        tool: what makes it.
+        source: the float file.
+        output: what it will be called.
+        staged: where it is written.
+        drawn: images to calibrate on, and to judge on.
+        asked: which products stay float, because choices read them.
+        progress: is told what is being done.
+    """
+
+    tool: Tool
+    source: Path
+    output: Path
+    staged: Path
+    drawn: _Draw
+    asked: Sequence[int]
+    progress: Progress
+
+    def make(self, judge: Judge, *, timed: bool) -> QuantizeReport:
+        """Write it, and judge it as it is computed when nothing is asked for."""
+        name, drawn, progress = self.tool.backend, self.drawn, self.progress
+        metadata, golden = read_artifact(pick("backend", BACKENDS, name), self.source)
+        progress("reading the images to calibrate on")
+        calibration, skipped = _readable(drawn.calibrated, metadata)
+        said = _write(
+            self.tool, self.source, self.staged, calibration, golden, self.asked, progress
         )
-        for peer, target in (peers if files else [])
-    ]  # fmt: skip
-    return QuantizeReport(
-        str(output), str(path), f"{said['tool']} {said['version']}", files,
-        size_before=sum(part.stat().st_size for part in parts(path)),
-        n_calibrated=said["images"],
-        judged=drawn.judged.described(found.skipped) + (", calibrated on" if drawn.same else ""),
-        skipped=tuple(dict.fromkeys((*skipped, *found.skipped))),
-        kept_float=said["kept_float"],
-        before=judge.accuracy(before), after=after, speed=speed,
-        verify=dataclasses.replace(proof, path=str(output)),
-        verdict=_verdict(speed, after), notes=(*images.notes, *notes, *drawn.notes),
-        baselines=tuple(rest),
-    )  # fmt: skip
+        proof = verify(self.staged, backend=name, progress=progress)
+        before = compute(file_engine(self.source, name, precision="f32"), drawn.judged, metadata,
+                         progress)  # fmt: skip
+        engine = file_engine(self.staged, name)
+        found = compute(engine, drawn.judged, metadata, progress)
+        after = judge.run(engine, found, before)
+        speed = None
+        if timed:
+            speed = _time(self.source, self.staged, name, calibration.batch, progress)
+        return QuantizeReport(
+            str(self.output), str(self.source), f"{said['tool']} {said['version']}", {},
+            size_before=sum(part.stat().st_size for part in parts(self.source)),
+            n_calibrated=said["images"],
+            judged=drawn.judged.described(found.skipped)
+            + (", those calibrated on among them" if drawn.same else ""),
+            skipped=tuple(dict.fromkeys((*skipped, *found.skipped))),
+            kept_float=said["kept_float"],
+            before=judge.accuracy(before), after=after, speed=speed,
+            verify=dataclasses.replace(proof, path=str(self.output)),
+            verdict=_verdict(speed, after), notes=(*drawn.judged.notes, *drawn.notes),
+        )  # fmt: skip
 
 
 def write_int8(path: Path, output: Path, images: ImageSet, progress: Progress) -> None:
-    """Write a file in int8 without judging it: for one that is judged as others are.
+    """Write what `quantize` writes by default, without judging it; that is done elsewhere.
 
     Args:
         path: a float file that tomexport wrote.
         output: the file, which is replaced if it is there.
-        images: to calibrate on, the first 300.
+        images: to draw those from that it is calibrated on.
         progress: is told what is being done.
 
     Raises: as `quantize`.
     """
     tool = _tool(path, output)
     metadata, golden = read_artifact(pick("backend", BACKENDS, tool.backend), path)
-    calibrated = images.take(range(min(len(images), N_CALIBRATED)))
-    calibration = _readable(calibrated, metadata)[0]
-    _write(tool, path, output, calibration, golden, _asked(tool, path), progress)
+    calibration = _readable(_draw(images, N_CALIBRATED, 0).calibrated, metadata)[0]
+    _write(tool, path, output, calibration, golden, tool.asked(path, metadata), progress)
 
 
 def _write(
@@ -255,10 +296,6 @@ def _write(
     progress(f"quantizing with {tool.name}")
     tool.quantize(path, staged, calibration, asked, text)
     return said
-
-
-def _asked(tool: Tool, path: Path) -> tuple[int, ...]:
-    return tool.asked(path, read_artifact(pick("backend", BACKENDS, tool.backend), path)[0])
 
 
 def _tool(path: Path, output: Path) -> Tool:
@@ -284,8 +321,9 @@ class _Draw:
         if not self.same:
             return ()
         return (
-            f"{len(self.calibrated)} images are too few to leave some for judging: int8 was judged "
-            "on those that it was calibrated on",
+            f"{len(self.judged) - len(self.calibrated)} images beside those that it was calibrated "
+            f"on are too few to judge int8 by, {MIN_JUDGED} are needed: all {len(self.judged)} "
+            "judge it",
         )
 
 
@@ -301,7 +339,7 @@ def _draw(images: ImageSet, limit: int, seed: int) -> _Draw:
 
 def _readable(images: ImageSet, metadata: Metadata) -> tuple[Calibration, tuple[Skipped, ...]]:
     """Return what can be calibrated on, and what cannot be read."""
-    batches = list(_read(images, metadata))
+    batches = [(batch.indices, batch.skipped) for batch in images.batches(metadata)]
     skipped = tuple(each for _, missing in batches for each in missing)
     require_some(images, skipped)
     found = Calibration(images, tuple(i for indices, _ in batches for i in indices), metadata)
@@ -311,12 +349,6 @@ def _readable(images: ImageSet, metadata: Metadata) -> tuple[Calibration, tuple[
             "takes; give more, or export it with a smaller --batch."
         )
     return found, skipped
-
-
-def _read(
-    images: ImageSet, metadata: Metadata
-) -> Iterator[tuple[tuple[int, ...], tuple[Skipped, ...]]]:
-    return ((batch.indices, batch.skipped) for batch in images.batches(metadata))
 
 
 def _time(before: Path, after: Path, backend: str, batch: int, progress: Progress) -> Speed:
