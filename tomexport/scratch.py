@@ -9,7 +9,8 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-_last_words = ["nothing was left behind"]
+NOTHING = "nothing was left behind"
+_last_words = [NOTHING]
 _open: set[Path] = set()
 _running: set[subprocess.Popen[str]] = set()
 

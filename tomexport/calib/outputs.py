@@ -6,6 +6,7 @@ on. A file that is damaged, or was not written whole, is computed again.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import zipfile
@@ -145,6 +146,7 @@ def compute(
         else:
             chunk = _computed(engine, images.take(part), metadata)
             _write(file, chunk)
+        scratch.farewell(f"outputs of {start + len(part)} images are kept for the next run")
         chunks.append(Outputs(chunk.values, chunk.indices + start, chunk.skipped, 0))
     _prune(folder)
     skipped = tuple(each for chunk in chunks for each in chunk.skipped)
@@ -205,9 +207,12 @@ def _write(file: Path, chunk: Outputs) -> None:
 
 def _prune(folder: Path) -> None:
     """Remove what was used longest ago, beyond what may lie there."""
-    files = sorted(folder.glob("*.npz"), key=lambda file: -file.stat().st_mtime)
+    found = []
+    for file in folder.glob("*.npz"):
+        with contextlib.suppress(FileNotFoundError):  # another process may have been quicker
+            found.append((file.stat(), file))
     total = 0
-    for file in files:
-        total += file.stat().st_size
+    for status, file in sorted(found, key=lambda each: -each[0].st_mtime):
+        total += status.st_size
         if total > _MOST_BYTES:
             file.unlink(missing_ok=True)

@@ -18,14 +18,14 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tomexport import scratch
 from tomexport.errors import BuildError
 
 try:
     import fcntl
-except ImportError:  # no such locks on Windows: there, processes may build side by side
+except ImportError:  # no such locks on Windows: there, processes work side by side
     fcntl = None  # type: ignore[assignment]
 
 LOG = "build.log"
@@ -160,11 +160,9 @@ def workshop() -> Iterator[Path]:
     cache = folder()
     try:
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with (cache / ".lock").open("a") as file:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                for left in cache.glob(f".{_SCRATCH}.*"):
-                    shutil.rmtree(left, ignore_errors=True)
+        with (cache / ".lock").open("a") as file, _flock(file) as locked:
+            for left in cache.glob(f".{_SCRATCH}.*") if locked else ():
+                shutil.rmtree(left, ignore_errors=True)
             with scratch.folder(cache / _SCRATCH) as path:
                 yield path
     except OSError as err:
@@ -173,6 +171,33 @@ def workshop() -> Iterator[Path]:
             f"The kernels could not be written in {cache}: {err.strerror or err}{where}. Set "
             "TOMEXPORT_CACHE to a folder that you can write to."
         ) from err
+
+
+@contextlib.contextmanager
+def alone(what: str) -> Iterator[None]:
+    """Let one process of this machine after the other do something, such as timing.
+
+    Raises: BuildError if the cache cannot be used.
+    """
+    cache = folder()
+    try:
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        file = (cache / f".{what}.lock").open("a")
+    except OSError as err:
+        raise BuildError(
+            f"{cache} cannot be written to: {err.strerror or err}. Set TOMEXPORT_CACHE to a folder "
+            "that can."
+        ) from err
+    with file, _flock(file):
+        yield
+
+
+@contextlib.contextmanager
+def _flock(file: IO[str]) -> Iterator[bool]:
+    """Hold a lock until the block ends; tell whether there are locks here."""
+    if fcntl:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    yield fcntl is not None
 
 
 def sync(path: Path) -> None:
