@@ -73,11 +73,14 @@ def test_nothing_removed_changes_nothing(make_bench):
 
 def test_a_search_is_never_worse_than_what_it_starts_from(rules, make_bench):
     budget = rules.plan("const:6").macs
-    bench = make_bench()
-    found = search_list(bench, rules, budget, evaluations=25, starts=["const:6"])
+    found = search_list(
+        make_bench(), make_bench(), rules, budget, evaluations=25, starts=["const:6"]
+    )
     counts = rules.removed(found.schedule)
     assert rules.macs(counts) <= budget
     assert found.loss == pytest.approx(make_bench().loss(counts), abs=1e-5)
+    held_out = (found.held_out_loss, found.exponential_held_out_loss)  # here, of the same images
+    assert held_out == pytest.approx((found.loss, found.exponential_loss), abs=1e-5)
     assert found.loss <= found.start <= make_bench().loss(rules.removed("const:6")) + 1e-5
     assert found.start <= found.exponential_loss
     assert rules.plan(found.exponential).macs <= budget
@@ -95,12 +98,21 @@ def test_each_block_that_can_remove_more_has_a_price(rules, make_bench):
 def test_a_block_that_asks_more_gets_less(rules):
     counts = (6, 6, 6, 6, 6, 0)
     prices = dict(zip(range(5), (2.0, 1.0, 1.0, 1.0, 1.0), strict=True))
-    stepped = lists._stepped(rules, rules.macs(counts), counts, prices, 1.0)
+    stepped = next(lists._stepped(rules, rules.macs(counts), counts, prices))
     assert stepped[0] < 6
     assert max(stepped[1:5]) > 6
     assert rules.macs(stepped) <= rules.macs(counts)
     alike = dict.fromkeys(range(5), 1.0)
-    assert lists._stepped(rules, rules.macs(counts), counts, alike, 1.0) == counts
+    assert set(lists._stepped(rules, rules.macs(counts), counts, alike)) == {counts}
+
+
+def test_a_step_that_comes_down_to_no_list_is_left_out(rules):
+    budget = int(0.4 * rules.most)
+    counts = rules.fit([1, 1, 1, 1, 1, 0], budget)
+    prices = dict(zip(range(5), (9.0, 9.0, 9.0, 9.0, 0.1), strict=True))  # all from the last
+    stepped = list(lists._stepped(rules, budget, counts, prices))
+    assert 0 < len(stepped) < len(lists._STEPS)
+    assert all(rules.macs(each) <= budget for each in stepped)
 
 
 def test_one_block_takes_over_what_another_removed(rules):
@@ -133,7 +145,7 @@ def test_exchanges_go_on_where_no_step_helps(rules, monkeypatch):
 
     def found():
         start = rules.fit([1, 1, 1, 1, 1, 0], budget)
-        return lists._descend(Known(), rules, budget, start, 2000, lambda message: None)
+        return lists._descend(Known(), rules, budget, start, 2000, print, print)
 
     best = found()
     monkeypatch.setattr(lists, "_EXCHANGED", ())
@@ -153,7 +165,7 @@ def test_what_no_list_comes_down_to(rules, make_bench):
     with pytest.raises(PlanError, match="No list of this form comes down to"):
         rules.fit([0, 0, 0, 0, 1, 0], int(0.5 * rules.most))
     with pytest.raises(PlanError, match="No exponential schedule comes down to"):
-        search_list(make_bench(), rules, int(0.1 * rules.most), evaluations=1)
+        search_list(make_bench(), make_bench(), rules, int(0.1 * rules.most), evaluations=1)
 
 
 def test_a_list_is_written_as_a_schedule():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -18,7 +19,7 @@ from PIL import Image
 import tomexport
 from tomexport import pipeline
 from tomexport.calib.images import ImageSet
-from tomexport.calib.search.measure import Meter, prepare
+from tomexport.calib.search.measure import Meter, halves, prepare
 from tomexport.cli import main
 from tomexport.errors import ArtifactError, BackendError, ImageError, PlanError
 from tomexport.runtime.timing import Interval
@@ -174,8 +175,50 @@ def test_a_half_that_cannot_be_read(merged, tmp_path):
     Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"no picture")
     found = ImageSet.find(tmp_path)
-    with pytest.raises(ImageError, match=r"Every other image .* is unreadable.*b\.png"):
-        prepare(found, pipeline.describe(merged), lambda pixels: pixels[:, 0, 0])
+    both = (found.take([0]), found.take([1]))
+    with pytest.raises(ImageError, match=r"None of the 1 images of .* could be read.*b\.png"):
+        prepare(both, pipeline.describe(merged), lambda pixels: pixels[:, 0, 0])
+
+
+def test_halves_are_drawn_and_whole():
+    images = ImageSet(Path("x"), tuple(f"{i:02d}" for i in range(21)), None, 21)
+    searched, held_out = halves(images)
+    assert (len(searched), len(held_out)) == (11, 10)
+    assert sorted(searched.names + held_out.names) == list(images.names)
+    assert searched.names != images.names[::2]  # names that alternate between classes do no harm
+    assert halves(images) == (searched, held_out)
+
+
+def test_other_images_can_be_held_out(digits, images, by_macs, tmp_path):
+    others = ImageSet.find(digits.train, limit=30, labels="none")
+    report = tomexport.search(
+        digits.checkpoint, images, tmp_path / "best.onnx", held_out=others, max_drop=1, trials=1,
+        **SMALL,
+    )  # fmt: skip
+    assert report.images.startswith("60 searched on, 30 held out: 60 of 500 in ")
+    assert report.images.endswith(f"; 30 of 1297 in {digits.train}")
+    assert report.loss.startswith("images with another")  # not all of them have labels
+
+
+def test_labels_must_be_the_models(digits, images, by_macs, tmp_path):
+    wanted = {"max_drop": 1, "trials": 1} | SMALL
+    two = dataclasses.replace(images, n_names=2)
+    report = tomexport.search(digits.checkpoint, two, tmp_path / "best.onnx", **wanted)
+    assert report.loss.startswith("images with another first class")
+    assert any("2 names do not say which of the model's 10 classes" in n for n in report.notes)
+    beyond = dataclasses.replace(images, labels=(10,) * len(images))
+    with pytest.raises(ImageError, match="is of class 10, and the model has 10, counted from 0"):
+        tomexport.search(digits.checkpoint, beyond, tmp_path / "other.onnx", **wanted)
+
+
+def test_both_halves_are_judged_alike(merged, images):
+    searched, _ = halves(images)
+    some = [label if name in searched.names else None
+            for name, label in zip(images.names, images.labels, strict=True)]  # fmt: skip
+    prepared = prepare(halves(dataclasses.replace(images, labels=tuple(some))),
+                       pipeline.describe(merged), lambda pixels: pixels[:, 0, 0])  # fmt: skip
+    assert prepared.search.top1 is None
+    assert prepared.held_out.top1 is None
 
 
 def test_one_image_is_too_few(digits, images, tmp_path):
@@ -191,7 +234,13 @@ def test_int8_needs_the_format_of_its_tool(digits, images, tmp_path):
         )  # fmt: skip
 
 
-def test_int8_is_a_precision_as_others(digits, images, by_macs, tmp_path):
+def test_int8_is_a_precision_as_others(digits, images, by_macs, tmp_path, monkeypatch):
+    measured = []
+    timed = Meter._time
+    monkeypatch.setattr(
+        Meter, "_time",
+        lambda meter, job: (measured.append(Path(job.path).read_bytes()), timed(meter, job))[1],
+    )  # fmt: skip
     report = tomexport.search(
         digits.checkpoint, images, tmp_path / "best.onnx", max_drop=1, trials=1,
         **SMALL | {"families": ["none"], "precisions": ["int8"]},
@@ -199,7 +248,9 @@ def test_int8_is_a_precision_as_others(digits, images, by_macs, tmp_path):
     (point,) = report.points
     assert point.precision == "int8"
     assert 0 < point.divergence < 1
-    assert pipeline.describe(tmp_path / "best.onnx").quantization is not None
+    best = pipeline.describe(tmp_path / "best.onnx")
+    assert best.quantization["images"] == len(images) / 2
+    assert measured == [(tmp_path / "best.onnx").read_bytes()]  # what was judged is delivered
 
 
 def test_a_command_killed_in_mid_trial_goes_on_and_two_share_the_work(digits, tmp_path):

@@ -6,10 +6,13 @@ import random
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from optuna.storages.journal import JournalFileSymlinkLock
 
 from tomexport.calib.search.space import Space
 from tomexport.calib.search.study import Identity, Study
@@ -204,6 +207,23 @@ def test_a_line_that_a_crash_has_cut_is_taken_off(journal):
     assert len(open_study(journal).results()) == 3
     assert Path(journal).read_bytes().startswith(whole)
     assert b'"cut' not in Path(journal).read_bytes()
+
+
+def test_a_line_that_another_process_is_writing_is_not_cut(journal):
+    _measure_all(open_study(journal), 3)
+    whole = Path(journal).read_bytes()
+    line = whole.splitlines(keepends=True)[-1]
+    lock = JournalFileSymlinkLock(str(journal))
+    with ThreadPoolExecutor() as pool, Path(journal).open("ab", buffering=0) as file:
+        lock.acquire()
+        file.write(line[:20])
+        opened = pool.submit(open_study, journal)
+        time.sleep(0.3)
+        assert not opened.done()
+        file.write(line[20:])
+        lock.release()
+        opened.result(timeout=60)
+    assert Path(journal).read_bytes().startswith(whole + line)
 
 
 @pytest.mark.parametrize("content", [b"precious", b"precious\n", b"[1]\n", b'{"op_code": "x"}\n'])

@@ -15,7 +15,7 @@ large, has 0.82, and agreement itself, which counts images, 0.68.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from typing import TYPE_CHECKING
@@ -46,9 +46,10 @@ class Found:
     Attributes:
         schedule: the list.
         loss: mean distance from the unmerged outputs, over the images.
-        start: the loss of the best list or schedule that the search began with.
+        start: the loss of the best list that the search began with.
         exponential: the best exponential schedule of the same MACs, or fewer.
         exponential_loss: its loss.
+        held_out_loss, exponential_held_out_loss: both on images that neither was chosen by.
         evaluations: lists that were computed.
     """
 
@@ -57,6 +58,8 @@ class Found:
     start: float
     exponential: str
     exponential_loss: float
+    held_out_loss: float
+    exponential_held_out_loss: float
     evaluations: int
 
 
@@ -188,49 +191,53 @@ def _split(pixels: Array) -> list[Array]:
 
 
 def search_list(
-    bench: Bench, rules: Arithmetic, budget: int, *, evaluations: int,
-    starts: Sequence[str] = (), progress: Progress = lambda message: None,
+    bench: Bench, held_out: Bench, rules: Arithmetic, budget: int, *, evaluations: int,
+    starts: Sequence[str] = (), keep: Progress = lambda schedule: None,
+    progress: Progress = lambda message: None,
 ) -> Found:  # fmt: skip
     """Search the list that changes outputs least at so many MACs.
 
     Args:
-        bench: computes lists on the images; a quarter of these choose where to start.
+        bench: computes lists on the images; a quarter of these choose three of
+            each form to start from.
+        held_out: computes what was found on others.
         rules: of the model and method.
         budget: the most MACs of an image.
         evaluations: stop after so many lists.
         starts: schedules within the budget to start from as well.
+        keep: is given each list that is better than those before, from which it can go on.
         progress: is told how far it is.
 
     Raises: PlanError if no list comes down to the budget.
     """
     small = bench.first(max(1, bench.n_images // 4))
     exponentials = _exponentials(rules, budget)
-    lists = {as_schedule(rules.removed(text)) for text in (*exponentials, *starts)}
-    lists |= {as_schedule(each) for each in _late(rules, budget)}
-    ranked = sorted(map(rules.removed, lists), key=small.loss)
-    exponential = min(exponentials, key=lambda text: small.loss(rules.removed(text)))
-    exponential_loss = bench.loss(rules.removed(exponential))
-    given = [bench.loss(rules.removed(text)) for text in starts]
-    best = min(ranked[:3], key=bench.loss)
-    start = min([bench.loss(best), exponential_loss, *given])
-    best = _descend(bench, rules, budget, best, evaluations, progress)
+    by_small = sorted(exponentials, key=lambda text: small.loss(rules.removed(text)))
+    exponential = min(by_small[:3], key=lambda text: bench.loss(rules.removed(text)))
+    late = sorted(_late(rules, budget), key=small.loss)[:3]
+    given = map(rules.removed, (exponential, *starts))
+    start = min((*given, *late), key=bench.loss)
+    best = _descend(bench, rules, budget, start, evaluations, keep, progress)
     return Found(
-        as_schedule(best), bench.loss(best), start, exponential, exponential_loss,
+        as_schedule(best), bench.loss(best), bench.loss(start),
+        exponential, bench.loss(rules.removed(exponential)),
+        held_out.loss(best), held_out.loss(rules.removed(exponential)),
         bench.evaluations + small.evaluations,
     )  # fmt: skip
 
 
 def _descend(
     bench: Bench, rules: Arithmetic, budget: int, best: Counts, evaluations: int,
-    progress: Progress,
+    keep: Progress, progress: Progress,
 ) -> Counts:  # fmt: skip
     improved, sizes = any(best), iter(_EXCHANGED)
     size = next(sizes, 0)
     while improved and bench.evaluations < evaluations:
         progress(f"list for {budget / 1e9:.3f} GMACs: distance {bench.loss(best):.3f}")
+        keep(as_schedule(best))
         bench.rebase(best)
         prices = _prices(bench, rules, best)
-        others = (_stepped(rules, budget, best, prices, step) for step in _STEPS)
+        others = _stepped(rules, budget, best, prices)
         better = next((other for other in others if bench.loss(other) < bench.loss(best)), None)
         while better is None and size:
             better = _exchange(bench, rules, budget, best, prices, size, evaluations)
@@ -286,15 +293,23 @@ def _prices(bench: Bench, rules: Arithmetic, counts: Counts) -> dict[int, float]
 
 
 def _stepped(
-    rules: Arithmetic, budget: int, counts: Counts, prices: dict[int, float], step: float
-) -> Counts:
-    """Give blocks more to remove that ask less than the mean, and less those that ask more."""
+    rules: Arithmetic, budget: int, counts: Counts, prices: dict[int, float]
+) -> Iterator[Counts]:
+    """Give blocks more to remove that ask less than the mean, and less those that ask more.
+
+    Steps of several sizes; one that leaves too few blocks to come down to the MACs is left out.
+    """
     mean = float(np.average(list(prices.values()), weights=[counts[i] for i in prices])) or 1.0
-    reach = step * float(np.mean([count for count in counts if count]))
-    shape = [0.0] * len(counts)
-    for i, price in prices.items():
-        shape[i] = max(0.0, counts[i] + reach * max(-1.0, 1 - price / mean))
-    return rules.fit(shape, budget)
+    for step in _STEPS:
+        reach = step * float(np.mean([count for count in counts if count]))
+        shape = [0.0] * len(counts)
+        for i, price in prices.items():
+            shape[i] = max(0.0, counts[i] + reach * max(-1.0, 1 - price / mean))
+        try:
+            stepped = rules.fit(shape, budget)
+        except PlanError:
+            continue
+        yield stepped
 
 
 def _late(rules: Arithmetic, budget: int) -> list[Counts]:

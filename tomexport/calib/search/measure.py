@@ -12,12 +12,15 @@ import numpy as np
 
 from tomexport import pipeline
 from tomexport.artifact import Array, Metadata
+from tomexport.calib.evaluate import label_array, n_classes
 from tomexport.calib.fidelity import cosines, divergences, hits
 from tomexport.calib.images import ImageSet, Skipped, require_some
 from tomexport.calib.search.front import Measured
 from tomexport.calib.search.space import Point
-from tomexport.errors import ImageError
-from tomexport.runtime.load import load
+from tomexport.errors import ImageError, pick
+from tomexport.kernels import cache
+from tomexport.runtime.backend import read_artifact
+from tomexport.runtime.load import BACKENDS, load
 from tomexport.runtime.timing import MIN_ROUNDS, Interval, Job, medians, take_turns, worker
 from tomexport.runtime.verify import run_all
 
@@ -78,32 +81,44 @@ class Prepared:
     skipped: tuple[Skipped, ...]
 
 
-def prepare(images: ImageSet, metadata: Metadata, run: Callable[[Array], Array]) -> Prepared:
-    """Read all images, every other one for each half; an unreadable one shifts none.
+def halves(images: ImageSet) -> tuple[ImageSet, ImageSet]:
+    """Draw one half of images to search on, the other to hold out; always the same ones.
+
+    Raises: ImageError if there is one image only.
+    """
+    if len(images) < 2:
+        raise ImageError("One image cannot be searched on and held out as well; give two or more.")
+    order = np.random.default_rng(0).permutation(len(images)).tolist()
+    middle = (len(order) + 1) // 2
+    return images.take(sorted(order[:middle])), images.take(sorted(order[middle:]))
+
+
+def prepare(
+    both: tuple[ImageSet, ImageSet], metadata: Metadata, run: Callable[[Array], Array]
+) -> Prepared:
+    """Read images, and compute what the unmerged model makes of them.
 
     Args:
-        images: at least two.
+        both: those to search on, and those to hold out; labels are classes of the model.
         metadata: how to prepare them.
         run: computes the unmerged model.
 
-    Raises: ImageError if none can be read, or none of one half.
+    Raises: ImageError if none of either can be read.
     """
-    batches = list(images.batches(metadata))
-    skipped = [each for batch in batches for each in batch.skipped]
-    require_some(images, skipped)
-    if len({i % 2 for batch in batches for i in batch.indices}) < 2:
-        raise ImageError(
-            f"Every other image of {images.source} is unreadable, so that none is left to search "
-            f"on, or to hold out. The first: {skipped[0].why}"
-        )
-    indices = np.array([i for batch in batches for i in batch.indices])
-    pixels = np.concatenate([batch.pixels for batch in batches])
-    given = images.labels or (None,) * len(images)
-    labels = np.array([-1 if given[i] is None else given[i] for i in indices], np.int64)
-    outputs = run(pixels)
-    half = [Half(pixels[part], labels[part], outputs[part]) for part in
-            (indices % 2 == 0, indices % 2 == 1)]  # fmt: skip
-    return Prepared(half[0], half[1], tuple(skipped))
+    read, skipped = [], []
+    for half in both:
+        batches = list(half.batches(metadata))
+        missing = [each for batch in batches for each in batch.skipped]
+        require_some(half, missing)
+        skipped += missing
+        indices = [i for batch in batches for i in batch.indices]
+        labels = label_array(half)
+        known = np.full(len(indices), -1) if labels is None else labels[indices]
+        read.append((np.concatenate([batch.pixels for batch in batches]), known))
+    if not all((labels >= 0).any() for _, labels in read):  # both halves are judged alike
+        read = [(pixels, np.full_like(labels, -1)) for pixels, labels in read]
+    searched, held_out = (Half(pixels, labels, run(pixels)) for pixels, labels in read)
+    return Prepared(searched, held_out, tuple(skipped))
 
 
 class Meter:
@@ -124,12 +139,14 @@ class Meter:
             seconds: time each point for at least so long.
             progress: is told what is being done.
         """
-        self._found, self._folder, self._suffix = found, folder, suffix
+        self.found, self._folder, self._suffix = found, folder, suffix
         self._calibration = calibration
         self._seconds, self._progress = seconds, progress
         progress("exporting the unmerged model")
         path = folder / f"none{suffix}"
-        self.metadata = pipeline.export(found, "none", path, verify=False).metadata
+        pipeline.export(found, "none", path, verify=False)
+        self.metadata, golden = read_artifact(pick("backend", BACKENDS, job.backend), path)
+        self.n_classes = n_classes(self.metadata, golden)
         self._none = replace(job, path=str(path), precision="f32")
 
     def unmerged(self, pixels: Array) -> Array:
@@ -138,7 +155,7 @@ class Meter:
 
     def unmerged_ms(self) -> float:
         """Return the median time of a call of the unmerged file, in milliseconds."""
-        with worker(self._none) as none:
+        with cache.alone("timing"), worker(self._none) as none:
             (samples,) = take_turns([none], MIN_ROUNDS, self._seconds)
         return round(float(np.median(medians(samples))), 4)
 
@@ -183,7 +200,7 @@ class Meter:
         # with our own nodes, which fused kernels serve in an int8 file of either runtime
         file = self._folder / "float.onnx" if quantized else path
         pipeline.export(
-            self._found, point.schedule, file, method=point.method, verify=verify,
+            self.found, point.schedule, file, method=point.method, verify=verify,
             force=force or quantized,
             progress=self._progress,
         )  # fmt: skip
@@ -197,10 +214,13 @@ class Meter:
                 write_int8(file, path, images, told)
 
     def _time(self, job: Job) -> Interval:
-        """Return the time over the unmerged file's, of several launches of both."""
+        """Return the time over the unmerged file's, of several launches of both.
+
+        Processes that share this machine time one after the other.
+        """
         ratios = []
         for _ in range(_LAUNCHES):
-            with ExitStack() as stack:
+            with cache.alone("timing"), ExitStack() as stack:
                 both = [stack.enter_context(worker(each)) for each in (job, self._none)]
                 own, none = take_turns(both, MIN_ROUNDS, self._seconds / _LAUNCHES)
             ratios.append(medians(own) / medians(none))

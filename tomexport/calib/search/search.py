@@ -7,30 +7,26 @@ import hashlib
 import json
 import math
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tomexport import pipeline, scratch
-from tomexport.calib.images import ImageSet
+from tomexport.calib.images import ImageSet, Skipped
 from tomexport.calib.search.front import Limits, Measured, on_front
-from tomexport.calib.search.measure import INT8, Meter, Prepared, prepare
-from tomexport.calib.search.space import EVERY, Choices, Point, Space
-from tomexport.calib.search.study import Claimed, Identity, Study
+from tomexport.calib.search.measure import INT8, Meter, Prepared, halves, prepare
+from tomexport.calib.search.space import EVERY, Choices, Space
+from tomexport.calib.search.study import Identity, Study
+from tomexport.calib.search.trials import Trier, reading, said_of_lists
 from tomexport.delivery import check_output
 from tomexport.errors import (
-    ArtifactError,
     BackendError,
-    ImageError,
     PlanError,
-    RewriteError,
     need,
     pick,
-    plain,
 )
-from tomexport.plan import Plan, Schedule
+from tomexport.plan import Plan
 from tomexport.runtime.backend import Backend, Request, check_device
 from tomexport.runtime.load import BACKENDS, readers
 from tomexport.runtime.machine import machine
@@ -40,12 +36,10 @@ from tomexport.runtime.timing import CAN_PIN, Job
 if TYPE_CHECKING:
     from torch import nn
 
-    from tomexport.calib.search.lists import Found
     from tomexport.exporter.source import Source
 
 Progress = Callable[[str], None]
 TRIALS = 40
-_LIST = "list of"  # what notes of lists start with in a storage
 _EVALUATIONS = 60  # lists computed for each share of MACs
 
 
@@ -105,6 +99,7 @@ def search(
     images: ImageSet,
     output: str | Path,
     *,
+    held_out: ImageSet | None = None,
     max_latency_ms: float | None = None,
     max_drop: float | None = None,
     max_gmac: float | None = None,
@@ -127,7 +122,7 @@ def search(
     """Find the schedule, method and precision that fit a model, a machine and images best.
 
     Each trial exports a point, times its file in turns with the unmerged one, and compares what it
-    computes of half of the images; the other half says whether that holds elsewhere. The file of
+    computes of half of the images; what was held out says whether that holds elsewhere. The file of
     the point that is chosen is exported with its proof.
 
     Usage:
@@ -140,8 +135,9 @@ def search(
         images: at least two; with labels the loss is that of top-1 accuracy, without it is the
             share of images with another first class than the unmerged model gives.
         output: the file to write; .onnx or .xml.
+        held_out: images to hold out; then all others are searched on. None draws half of them.
         max_latency_ms: the most that a call may take.
-        max_drop: the most loss, as a share, on either half of the images. With it the fastest
+        max_drop: the most loss, as a share, on either of both sets of images. With it the fastest
             point within the limits is chosen, without it the one that loses least.
         max_gmac: the most multiply-accumulates of an image, in 10⁹.
         methods: how tokens are chosen.
@@ -169,7 +165,7 @@ def search(
     need("optuna", "calib")
     output, limits = Path(output), Limits(max_latency_ms, max_drop, max_gmac)
     check_output(model, output, force)
-    _check(limits, trials, minutes, len(images), seconds)
+    _check(limits, trials, minutes, evaluations, seconds)
     runtime = pick("backend", BACKENDS, backend) if backend else readers(output)[0]
     cpus = cpus_for(threads)
     job = Job("", runtime.name, kernels=str(kernels), threads=len(cpus),
@@ -180,22 +176,28 @@ def search(
 
     found = find(model, arch=arch)
     with scratch.folder(Path(tempfile.gettempdir()) / "tomexport") as folder:
-        even = images.take(range(0, len(images), 2))  # those that are searched on
-        meter = Meter(found, folder, output.suffix, job, even, seconds=seconds, progress=progress)
+        searched, held_out = (images, held_out) if held_out else halves(images)
+        meter = Meter(
+            found, folder, output.suffix, job, searched, seconds=seconds, progress=progress
+        )
+        both = (searched.classed(meter.n_classes), held_out.classed(meter.n_classes))
         progress("reading the images")
-        prepared = prepare(images, meter.metadata, meter.unmerged)
+        prepared = prepare(both, meter.metadata, meter.unmerged)
         setting = _setting(job, runtime.version())
         space = _space(meter.metadata.plan, methods, families, precisions)
         study = Study(
-            storage, _identity(found, images, meter, space), setting,
+            storage, _identity(found, both, meter, space), setting,
             first=_first(space), seed=seed,
         )  # fmt: skip
-        unmerged_ms = study.own_note("unmerged_ms", meter.unmerged_ms)
-        trier = _Trier(
-            study, space, meter, prepared, limits, unmerged_ms, found, evaluations, progress
-        )
+        with reading("time of the unmerged model"):
+            unmerged_ms = float(study.own_note("unmerged_ms", meter.unmerged_ms))
+            if not 0 < unmerged_ms < math.inf:
+                raise PlanError(f"{unmerged_ms} ms is none")
+        if storage is not None:
+            scratch.farewell(f"what was measured is in {storage}; the same command goes on")
+        trier = Trier(study, space, meter, prepared, limits, unmerged_ms, evaluations, progress)
         exhausted = trier.run(trials or (TRIALS if minutes is None else None), minutes)
-        points, said = _distinct(study), [*_said_of_lists(study), *_said_of_refusals(study)]
+        points, said = _distinct(study), [*said_of_lists(study), *_said_of_refusals(study)]
         best = limits.choose(points, unmerged_ms)
         if best is not None:
             progress(f"exporting {best.schedule}")
@@ -205,10 +207,11 @@ def search(
         None if best is None else points.index(best), limits.rule,
         {"latency_ms": unmerged_ms, "gmac": round(meter.metadata.plan.macs_unreduced / 1e9, 4),
          "top1": prepared.search.top1, "held_out_top1": prepared.held_out.top1},
-        f"{images.described(prepared.skipped)}: {len(prepared.search.pixels)} searched on, "
-        f"{len(prepared.held_out.pixels)} held out",
+        f"{len(prepared.search.pixels)} searched on, {len(prepared.held_out.pixels)} held out: "
+        f"{_sources(both, prepared.skipped)}",
         _loss_in_words(prepared, meter.metadata.output), setting,
-        (*found.notes, *said, *_notes(best, exhausted)),
+        (*found.notes, *dict.fromkeys((*both[0].notes, *both[1].notes)), *said,
+         *_notes(best, exhausted)),
     )  # fmt: skip
 
 
@@ -220,10 +223,10 @@ def _notes(best: Measured | None, exhausted: bool) -> list[str]:
 
 
 def _check(
-    limits: Limits, trials: int | None, minutes: float | None, n_images: int, seconds: float
+    limits: Limits, trials: int | None, minutes: float | None, evaluations: int, seconds: float
 ) -> None:
     asked = {"--max-latency-ms": limits.latency_ms, "--max-gmac": limits.gmac,
-             "--minutes": minutes, "--trials": trials}  # fmt: skip
+             "--minutes": minutes, "--trials": trials, "--evaluations": evaluations}  # fmt: skip
     for option, value in asked.items():
         if value is not None and not 0 < value < math.inf:
             raise PlanError(f"{option} {value} cannot be kept; use a number above 0.")
@@ -236,8 +239,6 @@ def _check(
         )
     if not 0 <= seconds < math.inf:
         raise PlanError(f"{seconds} seconds is no length of time; use 0 or more.")
-    if n_images < 2:
-        raise ImageError("One image cannot be searched on and held out as well; give two or more.")
 
 
 def _check_precisions(precisions: Sequence[str], runtime: Backend, suffix: str) -> None:
@@ -275,18 +276,35 @@ def _space(
 
 
 def _first(space: Space) -> list[Choices]:
-    """Return what to begin with: nothing merged, and lists, which are most likely to be good."""
-    every = [choices for choices in space.all() if choices["family"] in ("none", "list")]
+    """Return what to begin with: nothing merged, and lists, which are most likely to be good.
+
+    Lists of the most MACs come first, so that those at a limit do.
+    """
+    every = list(space.all())
+    lists = [each for each in every if each["family"] == "list" and each["list.macs"] % 3 == 2]
     return [
-        choices for choices in every
-        if choices["family"] == "none" or choices["list.macs"] % 3 == 2
-    ]  # fmt: skip
+        *(choices for choices in every if choices["family"] == "none"),
+        *sorted(lists, key=lambda choices: -choices["list.macs"]),
+    ]
 
 
-def _identity(found: Source, images: ImageSet, meter: Meter, space: Space) -> Identity:
+def _sources(both: tuple[ImageSet, ImageSet], skipped: Sequence[Skipped]) -> str:
+    """Say which images these are, and which of them could not be read."""
+    searched, held_out = both
+    if searched.source == held_out.source:
+        names, labels = searched.names + held_out.names, searched.labels
+        return dataclasses.replace(searched, names=names, labels=labels).described(skipped)
+    own = [each for each in skipped if each.name in searched.names]
+    rest = [each for each in skipped if each not in own]
+    return f"{searched.described(own)}; {held_out.described(rest)}"
+
+
+def _identity(
+    found: Source, both: tuple[ImageSet, ImageSet], meter: Meter, space: Space
+) -> Identity:
     judged = {
-        "digest": images.digest(range(len(images))),
-        "labels": images.labels,
+        "digest": [images.digest(range(len(images))) for images in both],
+        "labels": [images.labels for images in both],
         "preprocessing": meter.metadata.preprocessing,
     }
     digest = hashlib.sha256(json.dumps(judged, sort_keys=True).encode()).hexdigest()
@@ -298,32 +316,7 @@ def _loss_in_words(prepared: Prepared, output: str) -> str:
         return "1 − cosine with the unmerged model's features"
     if prepared.search.top1 is not None:
         return "top-1 accuracy lost"
-    return "share of images with another first class than the unmerged model's"
-
-
-def _read_list(key: str, noted: Any) -> Found:
-    from tomexport.calib.search.lists import Found
-
-    try:
-        found = Found(**noted)
-        Schedule.parse(found.schedule)
-        float(found.loss), float(found.exponential_loss)
-    except (TypeError, ValueError, AttributeError, PlanError) as err:
-        raise ArtifactError(
-            f"The {key} in the storage is damaged ({plain(err)}); name another storage."
-        ) from err
-    return found
-
-
-def _said_of_lists(study: Study) -> list[str]:
-    """Say whether lists were better than exponential schedules of the same MACs."""
-    found = [_read_list(key, noted) for key, noted in study.notes(_LIST).items()]
-    nearer = sum(each.loss < each.exponential_loss for each in found)
-    said = (
-        f"at {nearer} of {len(found)} budgets of MACs the list that was found is nearer to the "
-        "unmerged outputs than the best exponential schedule"
-    )
-    return [said] if found else []
+    return "images with another first class than the unmerged model gives"
 
 
 def _said_of_refusals(study: Study) -> list[str]:
@@ -336,105 +329,3 @@ def _distinct(study: Study) -> list[Measured]:
     """Return what was measured, the fastest first; of equal points one."""
     points = {each.point.key: each for each in map(Measured.from_dict, study.results())}
     return sorted(points.values(), key=lambda point: point.ratio.value)
-
-
-class _Trier:
-    """Takes one trial after the other."""
-
-    def __init__(
-        self, study: Study, space: Space, meter: Meter, images: Prepared, limits: Limits,
-        unmerged_ms: float, found: Source, evaluations: int, progress: Progress,
-    ) -> None:  # fmt: skip
-        self._study, self._space, self._meter, self._images = study, space, meter, images
-        self._limits, self._unmerged_ms, self._found = limits, unmerged_ms, found
-        self._evaluations, self._progress = evaluations, progress
-        from tomexport.exporter.families import family_of
-
-        self._cost = family_of(found.model).cost(found.model, found.name)
-        self._methods = {name: pipeline.method_of(found, name) for name in space.methods}
-
-    def run(self, trials: int | None, minutes: float | None) -> bool:
-        """Go on until the budget is used; return whether everything has been tried before."""
-        end = math.inf if minutes is None else time.monotonic() + 60 * minutes
-        while time.monotonic() < end:
-            done = self._study.n_taken()
-            if trials is not None and done >= trials:
-                return False
-            claimed = self._study.claim(self._describe)
-            if claimed is None:
-                return True
-            of = "" if trials is None else f" of {trials}"
-            schedule = self._space.schedule(claimed.choices)
-            self._progress(f"trial {done + 1}{of}: {schedule}")
-            self._try(claimed)
-        return False
-
-    def _try(self, claimed: Claimed) -> None:
-        try:
-            point = self._point(claimed.choices)
-            measured = self._known(point) or self._meter.measure(point, self._images)
-        except (PlanError, RewriteError) as err:
-            self._study.refuse(claimed, str(err))
-            return
-        except BaseException:
-            self._study.drop(claimed)
-            raise
-        excess = self._limits.excess(measured, self._unmerged_ms)
-        values = (measured.ratio.value, measured.loss)
-        self._study.finish(claimed, measured.to_dict(), values, excess)
-
-    def _known(self, point: Point) -> Measured | None:
-        """Return what this kind of machine has measured of the same point under another name."""
-        results = map(Measured.from_dict, self._study.results())
-        return next((each for each in results if each.point.key == point.key), None)
-
-    def _describe(self, choices: Choices) -> str | None:
-        """Return what the same points have in common; None for what cannot be or is too much."""
-        if choices["family"] == "list":
-            return f"{choices['precision']} {self._list_key(choices)}"
-        try:
-            point = self._planned(choices, self._space.schedule(choices))
-        except PlanError:
-            return None
-        too_much = self._limits.gmac is not None and point.gmac > self._limits.gmac
-        return None if too_much and choices["family"] != "none" else point.key
-
-    def _planned(self, choices: Choices, schedule: str) -> Point:
-        method = self._methods[choices["method"]]
-        plan = Plan.make(self._cost, Schedule.parse(schedule), method.name, method.counting)
-        return Point.of(plan, choices["precision"])
-
-    def _point(self, choices: Choices) -> Point:
-        if choices["family"] == "list":
-            return self._planned(choices, self._list(choices).schedule)
-        return self._planned(choices, self._space.schedule(choices))
-
-    def _budget(self, choices: Choices) -> int:
-        """Return the MACs of a list: its share of all, or the limit if that is less."""
-        most = self._meter.metadata.plan.macs_unreduced
-        limit = math.inf if self._limits.gmac is None else self._limits.gmac * 1e9
-        return int(min(limit, self._space.share(choices) * most))
-
-    def _list_key(self, choices: Choices) -> str:
-        return f"{_LIST} {choices['method']}, {self._budget(choices)} MACs"
-
-    def _list(self, choices: Choices) -> Found:
-        """Return the best list for a share of the MACs, searched unless the storage has it."""
-        key = self._list_key(choices)
-        if key not in self._study.notes(key):
-            self._study.write_note(key, dataclasses.asdict(self._search_list(choices)))
-        return _read_list(key, self._study.notes(key)[key])
-
-    def _search_list(self, choices: Choices) -> Found:
-        from tomexport.calib.search import lists
-
-        method, half = choices["method"], self._images.search
-        rules = lists.Arithmetic(self._cost, self._methods[method].counting)
-        bench = lists.Bench(
-            lambda schedule: pipeline.reduce(self._found, schedule, method=method),
-            half.pixels, half.outputs,
-        )  # fmt: skip
-        return lists.search_list(
-            bench, rules, self._budget(choices), evaluations=self._evaluations,
-            progress=self._progress,
-        )  # fmt: skip

@@ -46,35 +46,53 @@ def open_storage(name: str | None) -> Any:
         if "://" in name:
             return optuna.storages.RDBStorage(name)
         path = Path(name).resolve()
-        _check_journal(path)
         journal = optuna.storages.journal
-        return journal.JournalStorage(journal.JournalFileBackend(str(path)))
+        lock = journal.JournalFileSymlinkLock(str(path))
+        _check_journal(path, lock)
+        return journal.JournalStorage(journal.JournalFileBackend(str(path), lock))
 
 
-def _check_journal(path: Path) -> None:
-    """Refuse what is no journal; take off a last line that a crash has cut."""
+def _check_journal(path: Path, lock: Any) -> None:
+    """Refuse what is no journal; take off a last line that a crash has cut.
+
+    Args:
+        path: of the journal.
+        lock: Optuna's, held by whoever writes: what is half a line then is nobody's.
+    """
     if path.is_dir() or not path.parent.is_dir():
         what = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
         raise ArtifactError(f"{path} cannot be a storage: {what}. Name a file, like s.journal.")
     if not path.exists():
         return
+    lock.acquire()
+    try:
+        _mend_journal(path)
+    finally:
+        lock.release()
+
+
+def _mend_journal(path: Path) -> None:
     *lines, rest = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            entry = None
-        if not isinstance(entry, dict) or not isinstance(entry.get("op_code"), int):
-            raise ArtifactError(
-                f"{path} is damaged, or no storage of a search: line {number} of {len(lines)} is "
-                "not an entry. Nothing was changed. Cut it off there and what comes before "
-                f"remains (head -n {number - 1}), or name another file."
-            )
-    if rest and not lines:
+    sound = next((i for i, line in enumerate(lines) if not _is_entry(line)), len(lines))
+    if not sound and (lines or rest):
         raise ArtifactError(f"{path} is no storage of a search; name another file.")
+    if sound < len(lines):
+        raise ArtifactError(
+            f"{path} is damaged: line {sound + 1} of {len(lines)} is not an entry. Nothing was "
+            f"changed. Cut it off there and what comes before remains (head -n {sound}), or name "
+            "another file."
+        )
     if rest:
         with path.open("r+b") as file:
-            file.truncate(path.stat().st_size - len(rest))
+            file.truncate(sum(len(line) + 1 for line in lines))
+
+
+def _is_entry(line: bytes) -> bool:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(entry, dict) and isinstance(entry.get("op_code"), int)
 
 
 @contextmanager
