@@ -85,6 +85,10 @@ def test_ir_without_its_weights(files, tmp_path):
     alone.write_bytes((files / "model.xml").read_bytes())
     with pytest.raises(BackendError, match=r"there is no model\.bin"):
         tomexport.load(alone)
+    whole = (files / "model.bin").read_bytes()
+    (tmp_path / "model.bin").write_bytes(whole[:1000])
+    with pytest.raises(BackendError, match=r"model\.bin, hold 1000 of \d+ bytes. Copy both files"):
+        tomexport.load(alone)
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
@@ -92,6 +96,8 @@ def test_images_of_another_shape_or_type_are_refused(files, image, backend):
     model = tomexport.load(files / "model.onnx", backend)
     with pytest.raises(BackendError, match="images are 2×3×160×160, the file takes 1×3×160×160"):
         model(np.repeat(image, 2, axis=0))
+    with pytest.raises(BackendError, match=r"takes 1×3×160×160\. Resize them; they are batch"):
+        model(image.transpose(0, 2, 3, 1))
     with pytest.raises(BackendError, match="images are 3×160×160"):
         model(image[0])
     with pytest.raises(BackendError, match="float64, the file takes float32"):

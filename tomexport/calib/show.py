@@ -19,7 +19,7 @@ from tomexport.artifact import Array, Metadata
 from tomexport.calib.images import ImageSet, preprocessing
 from tomexport.calib.trace import NOWHERE, Frame, Groups, Tracer
 from tomexport.delivery import check_file, write_file
-from tomexport.errors import PlanError, need
+from tomexport.errors import ImageError, PlanError, need
 from tomexport.plan import Plan
 
 Pixels = NDArray[np.uint8]
@@ -98,7 +98,12 @@ def show(
     progress(f"running {artifact.name}")
     tracer = Tracer.load(artifact, backend, **options)
     metadata, plan = tracer.metadata, tracer.metadata.plan
-    prepared = ImageSet(image.parent, (image.name,), None, 1)(metadata)[0][0]
+    if not image.is_file():
+        raise ImageError(f"There is no image {image}; name a file, such as a .jpg or .png.")
+    (batch,) = ImageSet(image.parent, (image.name,), None, 1).batches(metadata)
+    if batch.skipped:
+        raise ImageError(batch.skipped[0].why)
+    prepared = batch.pixels[0]
     chosen = select(tracer(prepared), plan, layers)
     size = write_file(output, png(draw(as_pixels(prepared, metadata), chosen, plan)), force)
     return Shown(

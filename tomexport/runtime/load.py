@@ -63,10 +63,10 @@ class Runner:
         if not fits:
             wanted = "×".join("batch" if d is None else str(d) for d in expected)
             got = "×".join(map(str, images.shape))
-            raise BackendError(
-                f"The images are {got}, the file takes {wanted}. The batch is fixed at export: "
-                "use --batch N or --batch dynamic there."
-            )
+            why = "The batch is fixed at export: use --batch N or --batch dynamic there."
+            if images.shape[1:] != tuple(expected[1:]):
+                why = "Resize them; they are batch × channels × height × width."
+            raise BackendError(f"The images are {got}, the file takes {wanted}. {why}")
         if images.dtype != np.float32:
             raise BackendError(
                 f"The images are {images.dtype}, the file takes float32: images.astype('float32')"

@@ -113,7 +113,8 @@ class OpenVino:
             with _inlined(path) as readable:
                 return core.read_model(readable)
         except Exception as err:
-            raise BackendError(f"OpenVINO cannot read {path}: {plain(err)}") from err
+            why = _cut_off(path) if path.suffix == ".xml" else ""
+            raise BackendError(f"OpenVINO cannot read {path}: {why or plain(err)}") from err
 
     def compile(self, path: Path, request: Request) -> _Session:
         """Compile the file for a device, tuned for the latency of one call."""
@@ -264,3 +265,19 @@ def _inlined(path: Path) -> Iterator[Path | bytes]:
         graph = folder / path.name
         graph.write_bytes(content)
         yield graph
+
+
+def _cut_off(path: Path) -> str:
+    """Say what is missing of the weights beside an IR file; "" if nothing is."""
+    weights = path.with_suffix(".bin")
+    ends = [
+        int(data.get("offset", 0)) + int(data.get("size", 0))
+        for data in ET.parse(path).getroot().iterfind("layers/layer/data")
+    ]
+    size = weights.stat().st_size if weights.is_file() else 0
+    if size >= max(ends, default=0):
+        return ""
+    return (
+        f"its weights, {weights.name}, hold {size} of {max(ends)} bytes. Copy both files again, or "
+        "export again."
+    )
