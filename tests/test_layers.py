@@ -15,7 +15,7 @@ PACKAGE = Path(tomexport.__file__).parent
 # each layer may import those before it; exporter and runtime stand side by side
 ORDER = [
     "errors|quiet|scratch", "plan", "artifact", "kernels", "exporter|runtime", "delivery",
-    "pipeline", "calib", "chart|tables", "cli",
+    "pipeline", "calib", "chart|tables", "options|terminal", "cli",
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names.split("|")}
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -8,52 +8,22 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import click
 
 from tomexport import __version__, scratch
+from tomexport import options as option
 from tomexport.errors import TomexportError, VerifyError
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
+from tomexport.terminal import progressing, show_notes, show_result
 
 EXIT_DONE, EXIT_CHECK_FAILED, EXIT_ERROR = 0, 1, 2
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-class _Batch(click.ParamType[Any]):
-    name = "N|dynamic"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> int | None:
-        if value == "dynamic":
-            return None
-        try:
-            return int(value)
-        except ValueError:
-            self.fail(f"{value!r} is neither a number of images nor 'dynamic'", param, ctx)
-
-
-class _Size(click.ParamType[Any]):
-    name = "PIXELS|HxW"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, int]:
-        if isinstance(value, tuple):
-            return value
-        parts = value.lower().split("x")
-        if not re.fullmatch(r"[0-9]{1,5}(x[0-9]{1,5})?", value.lower()) or not all(map(int, parts)):
-            self.fail(
-                f"{value!r} is no size; write 224, or 224x320 for height and width", param, ctx
-            )
-        return int(parts[0]), int(parts[-1])
 
 
 class _ExportByDefault(click.Group):
@@ -66,95 +36,6 @@ class _ExportByDefault(click.Group):
                 raise click.UsageError(f"No command {args[0]!r}. Did you mean {near[0]!r}?", ctx)
             args = ["export", *args]
         return super().parse_args(ctx, args)
-
-
-def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
-    """Apply options in the order in which --help lists them."""
-
-    def decorate(command: F) -> F:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
-
-
-_schedule = click.option(
-    "--schedule",
-    required=True,
-    metavar="S",
-    help="Tokens to remove: none, const:R, linear:R, exp:R_INIT,ALPHA or list:R0,R1,…; "
-    "or what to keep: keep:SHARE@BLOCK,… or diffrate:FILE.json",
-)
-_METHOD_OPTIONS = ("fuse", "metric", "similarity", "combine", "partition")
-_method = _options(
-    click.option("--method", metavar="NAME", help=(
-        "How tokens are chosen.  [default: the method whose weights MODEL has, or tome]"
-    )),
-    click.option("--no-fuse", "fuse", flag_value="no", default=None,
-                 help="Drop what EViT would fuse into one token."),
-    click.option("--metric", metavar="k|q|v|x-before|x-after",
-                 help="What ToMe compares tokens by.  [default: k, the keys]"),
-    click.option("--similarity", metavar="cosine|euclidean|dot|softmax",
-                 help="How ToMe compares them.  [default: cosine]"),
-    click.option("--combine", metavar="weighted|mean|max|keep",
-                 help="What ToMe makes of tokens that merge.  [default: weighted, by size]"),
-    click.option("--partition", metavar="alternating|sequential|random",
-                 help="The two sets that ToMe matches.  [default: alternating]"),
-)  # fmt: skip
-_arch = click.option(
-    "--arch", metavar="NAME", help="timm name of the checkpoint's architecture; found if left out."
-)
-_img_size = click.option(
-    "--img-size", type=_Size(), help="Image size to resample the positions for."
-)
-_output_kind = click.option(
-    "--output", "output_kind", metavar="logits|features|tokens", help=(
-        "tokens: a feature of each patch, for dense heads.  [default: what MODEL has]"
-    ),
-)  # fmt: skip
-_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-_debug = click.option(
-    "--debug", is_flag=True, expose_value=False, help="Show the traceback of an error."
-)
-_images = click.option(
-    "--images", type=click.Path(path_type=Path), metavar="DIR", help="Compare on these images too."
-)
-_image_set = (
-    click.option(
-        "--images", required=True, type=click.Path(path_type=Path), metavar="DIR|FILE.npz",
-        help="A folder of images, or an .npz with `images` and, if you like, `labels`.",
-    ),
-    click.option("--labels", metavar="FILE[:COLUMN]", help=(
-        "A csv of file names and classes; none leaves labels aside.  "
-        "[default: labels.csv in the folder, or its class folders]"
-    )),
-    click.option("--limit", type=int, metavar="N",
-                 help="Draw so many of the images; all if left out."),
-    click.option("--seed", default=0, show_default=True, metavar="N", help=(
-        "Seed of that draw, and of all else that is drawn."
-    )),
-)  # fmt: skip
-_kernels = click.option(
-    "--kernels", default="auto", show_default=True, metavar="auto|off|PATH",
-    help="Fused kernels: those of this machine, none, or a library.",
-)  # fmt: skip
-
-
-def _out(metavar: str, help_text: str) -> Callable[[F], F]:
-    """Name the file that a command writes."""
-    return click.option(
-        "-o", "--out", "output", required=True, type=click.Path(path_type=Path), metavar=metavar,
-        help=help_text,
-    )  # fmt: skip
-
-
-def _with_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Put the options of a method into its name: method "evit" and fuse "no" → "evit:fuse=no"."""
-    chosen = {name: options.pop(name) for name in _METHOD_OPTIONS}
-    said = ",".join(f"{name}={value}" for name, value in chosen.items() if value is not None)
-    method = options["method"]
-    return options | {"method": f"{method or ''}:{said}" if said else method}
 
 
 @click.group(cls=_ExportByDefault, context_settings={"help_option_names": ["-h", "--help"]})
@@ -184,18 +65,19 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("model")
-@_options(
-    _schedule,
-    _out("OUT", "File to write: .onnx, or .xml for OpenVINO IR."),
-    _arch,
-    _method,
-    _output_kind,
+@option.listed(
+    option.schedule,
+    option.out("OUT", "File to write: .onnx, or .xml for OpenVINO IR."),
+    option.arch,
+    option.method,
+    option.output_kind,
     click.option("--ops", metavar="custom|portable", help=(
         "custom: nodes of our own with standard bodies (.onnx, default); "
         "portable: standard operators only (.xml, default)."
     )),
-    click.option("--batch", type=_Batch(), default="1", show_default=True, help="Images per call."),
-    _img_size,
+    click.option("--batch", type=option.Batch(), default="1", show_default=True,
+                 help="Images per call."),
+    option.img_size,
     click.option("--opset", type=int, help="ONNX opset, 18 or newer.  [default: 18]"),
     click.option("--half", is_flag=True, help="Store the weights of an .xml as float16."),
     click.option("--trace", is_flag=True, help=(
@@ -208,91 +90,99 @@ def cli() -> None:
     )),
     click.option("--no-prop-attn", is_flag=True,
                  help="Do not weight keys by the patches they stand for."),
-    _images,
+    option.images,
     click.option("--no-verify", is_flag=True, help="Do not compare the file with PyTorch."),
     click.option("--force", is_flag=True, help="Replace an existing file."),
     click.option("--keep", is_flag=True, help="Leave the file even if it fails."),
     click.option("--with-baselines", is_flag=True,
                  help="Write what profile compares it with, too: STEM.none and STEM.bound."),
-    _json,
-    _debug,
+    option.as_json,
+    option.debug,
 )  # fmt: skip
 def export(
-    model: str, images: Path | None, no_verify: bool, no_prop_attn: bool, as_json: bool,
-    **options: Any,
+    model: str, images: Path | None, limit: int, no_verify: bool, no_prop_attn: bool,
+    as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Export MODEL with reduced tokens, and prove the file."""
     from tomexport import pipeline
     from tomexport.calib.images import ImageSet
 
-    with _progress() as progress:
+    with progressing() as progress:
         report = pipeline.export(
             model,
             options.pop("schedule"),
             options.pop("output"),
             verify=not no_verify,
             prop_attn=not no_prop_attn,
-            images=ImageSet.find(images) if images else None,
+            images=ImageSet.find(images, limit) if images else None,
             progress=progress,
-            **_with_options(options),
+            **option.with_method(options),
         )
-    _notes(report.notes)
-    _show(report.to_dict(), as_json, lambda tables: tables.export_summary(report))
+    show_notes(report.notes)
+    show_result(report.to_dict(), as_json, lambda tables: tables.export_summary(report))
 
 
 @cli.command()
 @click.argument("model")
-@_options(_schedule, _arch, _method, _output_kind, _img_size, _json, _debug)
+@option.listed(
+    option.schedule,
+    option.arch,
+    option.method,
+    option.output_kind,
+    option.img_size,
+    option.as_json,
+    option.debug,
+)
 def plan(model: str, as_json: bool, **options: Any) -> None:
     """Show the tokens and MACs of every block of MODEL. A name needs no weights."""
     from tomexport import pipeline
 
-    result = pipeline.plan(model, options.pop("schedule"), **_with_options(options))
+    result = pipeline.plan(model, options.pop("schedule"), **option.with_method(options))
     width = 100 if result.staged else 80
-    _show(result.to_dict(), as_json, lambda tables: tables.plan_table(result), width)
+    show_result(result.to_dict(), as_json, lambda tables: tables.plan_table(result), width)
 
 
 @cli.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
-@_options(
+@option.listed(
     click.option("--backend", metavar="NAME",
                  help="onnxruntime or openvino; all that are installed if left out."),
     click.option("--device", default="CPU", show_default=True, help="Device of the runtime."),
     click.option("--precision", metavar="f32|bf16|f16",
                  help="Only this one; f32 and the runtime's default if left out."),
-    _kernels,
+    option.kernels,
     click.option("--against", metavar="MODEL",
                  help="Run PyTorch again, on the checkpoint or name it was exported from."),
-    _images,
-    _arch,
-    _json,
-    _debug,
+    option.images,
+    option.arch,
+    option.as_json,
+    option.debug,
 )  # fmt: skip
 def verify(
-    artifact: Path, against: str | None, images: Path | None, arch: str | None, as_json: bool,
-    **options: Any,
+    artifact: Path, against: str | None, images: Path | None, limit: int, arch: str | None,
+    as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Compare ARTIFACT with PyTorch: with its golden set, or again on real images."""
     from tomexport.runtime import verify as verification
 
-    with _progress() as progress:
+    with progressing() as progress:
         if against or images or arch:
             from tomexport import pipeline
             from tomexport.calib.images import ImageSet
 
             golden, what = pipeline.reference(
-                artifact, against, ImageSet.find(images) if images else None, arch=arch
+                artifact, against, ImageSet.find(images, limit) if images else None, arch=arch
             )
             options |= {"golden": golden, "images": what}
         report = verification.verify(artifact, progress=progress, **options)
-    _show(report.to_dict(), as_json, lambda tables: tables.verify_table(report))
+    show_result(report.to_dict(), as_json, lambda tables: tables.verify_table(report))
     if not report.passed:
         raise click.exceptions.Exit(EXIT_CHECK_FAILED)
 
 
 @cli.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
-@_options(
+@option.listed(
     click.option("--backend", "backends", multiple=True, metavar="NAME", help=(
         "onnxruntime or openvino, or both; all that are installed and can if left out."
     )),
@@ -317,15 +207,15 @@ def verify(
                  help="The unmerged export; STEM.none.SUFFIX beside the file if left out."),
     click.option("--bound", type=click.Path(path_type=Path), metavar="FILE",
                  help="The free-merge bound; STEM.bound.SUFFIX beside the file if left out."),
-    _kernels,
+    option.kernels,
     click.option("--no-operators", is_flag=True, help="Do not ask the runtimes' own profilers."),
     click.option("--min-speedup", type=float, metavar="X",
                  help="Exit with 1 if merging speeds up any run by less than this."),
     click.option("--png", type=click.Path(path_type=Path), metavar="FILE",
                  help="Draw a chart of the latencies."),
     click.option("--force", is_flag=True, help="Replace an existing chart."),
-    _json,
-    _debug,
+    option.as_json,
+    option.debug,
 )  # fmt: skip
 def profile(
     artifact: Path, no_operators: bool, png: Path | None, force: bool, as_json: bool, **options: Any
@@ -339,12 +229,12 @@ def profile(
 
     if png:
         chart.check(png, force=force)
-    with _progress() as progress:
+    with progressing() as progress:
         report = profiling.profile(
             artifact, operators=not no_operators, progress=progress, **options
         )
-    _notes(report.notes)
-    _show(report.to_dict(), as_json, lambda tables: tables.profile_table(report), width=100)
+    show_notes(report.notes)
+    show_result(report.to_dict(), as_json, lambda tables: tables.profile_table(report), width=100)
     if png:
         chart.draw(report, png)
     if not report.passed:
@@ -353,28 +243,28 @@ def profile(
 
 @cli.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
-@_options(
-    *_image_set,
+@option.listed(
+    *option.image_set,
     click.option("--backend", "backends", multiple=True, metavar="NAME", help=(
         "onnxruntime or openvino, or both; all that are installed if left out."
     )),
     click.option("--precision", "precisions", multiple=True, metavar="f32|bf16|f16",
                  help="One or more; f32 and the runtime's default if left out."),
     click.option("--device", default="CPU", show_default=True, help="Device of the runtime."),
-    _kernels,
+    option.kernels,
     click.option("--batch", type=int, metavar="N",
                  help="Images per call, for a file of dynamic batch.  [default: 8]"),
     click.option("--baseline", type=click.Path(path_type=Path), metavar="FILE",
                  help="The unmerged export; STEM.none.SUFFIX beside the file if left out."),
     click.option("--against", metavar="MODEL",
                  help="Run the unmerged model in PyTorch: the checkpoint or name it is from."),
-    _arch,
+    option.arch,
     click.option("--min-top1", type=float, metavar="SHARE",
                  help="Exit with 1 if fewer images have their label as first class."),
     click.option("--min-agreement", type=float, metavar="SHARE",
                  help="Exit with 1 if fewer images have the unmerged model's first class."),
-    _json,
-    _debug,
+    option.as_json,
+    option.debug,
 )  # fmt: skip
 def evaluate(
     artifact: Path, images: Path, limit: int | None, seed: int, labels: str | None, as_json: bool,
@@ -387,20 +277,20 @@ def evaluate(
     from tomexport.calib.evaluate import evaluate as measure
     from tomexport.calib.images import ImageSet
 
-    with _progress() as progress:
+    with progressing() as progress:
         found = ImageSet.find(images, limit, seed, labels)
         report = measure(artifact, found, progress=progress, **options)
-    _notes(report.notes)
-    _show(report.to_dict(), as_json, lambda tables: tables.evaluate_table(report))
+    show_notes(report.notes)
+    show_result(report.to_dict(), as_json, lambda tables: tables.evaluate_table(report))
     if not report.passed:
         raise click.exceptions.Exit(EXIT_CHECK_FAILED)
 
 
 @cli.command()
 @click.argument("model")
-@_options(
-    *_image_set,
-    _out("OUT", "Checkpoint to write: .safetensors or .pth."),
+@option.listed(
+    *option.image_set,
+    option.out("OUT", "Checkpoint to write: .safetensors or .pth."),
     click.option("--schedule", default="const:16", show_default=True, metavar="S",
                  help="Tokens to remove while learning; any other can be exported afterwards."),
     click.option("--judge", multiple=True, metavar="S",
@@ -414,10 +304,10 @@ def evaluate(
     click.option("--batch", default=16, show_default=True, metavar="N", help="Images per step."),
     click.option("--dim", type=int, metavar="N",
                  help="Features of the embedding; as many as a head has if left out."),
-    _arch,
+    option.arch,
     click.option("--force", is_flag=True, help="Replace an existing checkpoint."),
-    _json,
-    _debug,
+    option.as_json,
+    option.debug,
 )  # fmt: skip
 def learn(
     model: str, images: Path, output: Path, labels: str | None, limit: int | None, as_json: bool,
@@ -436,17 +326,23 @@ def learn(
         epochs = learning.N_EPOCHS
     course = Course(epochs, minutes, lr, batch, seed)
     found = ImageSet.find(images, limit, seed, labels)
-    with _progress() as progress:
+    with progressing() as progress:
         report = learning.learn(model, found, output, course=course, progress=progress, **options)
-    _notes(report.notes)
-    _show(report.to_dict(), as_json, lambda tables: tables.learn_table(report), width=100)
+    show_notes(report.notes)
+    show_result(report.to_dict(), as_json, lambda tables: tables.learn_table(report), width=100)
 
 
 @cli.command()
 @click.argument("model")
-@_options(
-    *_image_set,
-    _out("OUT", "File to write: .onnx, or .xml for OpenVINO IR."),
+@option.listed(
+    *option.image_set[:2],
+    click.option("--limit", default=1000, show_default=True, metavar="N",
+                 help="Draw so many of the images, where there are more."),
+    option.image_set[3],
+    option.out("OUT", "File to write: .onnx, or .xml for OpenVINO IR."),
+    click.option("--held-out", type=click.Path(path_type=Path), metavar="DIR|FILE.npz", help=(
+        "Images to hold out, to see whether it holds elsewhere.  [default: half of --images]"
+    )),
     click.option("--max-drop", type=float, metavar="SHARE", help=(
         "Take the fastest that loses at most so much: top-1 accuracy, or agreement with the "
         "unmerged model where there are no labels."
@@ -472,27 +368,31 @@ def learn(
     )),
     click.option("--seconds", default=4.0, show_default=True, metavar="T",
                  help="Time each point for at least so long."),
-    _arch,
+    click.option("--evaluations", type=int, metavar="N", help=(
+        "Lists of counts to compute for each method and share of MACs.  [default: 60]"
+    )),
+    option.arch,
     click.option("--backend", metavar="NAME",
                  help="onnxruntime or openvino; the first that reads OUT if left out."),
     click.option("--threads", type=int, metavar="N",
                  help="CPU threads, kept on as many CPUs; all if left out."),
-    _kernels,
+    option.kernels,
     click.option("--front", type=click.Path(path_type=Path), metavar="FILE.json",
                  help="Write all that was measured, and what nothing beats."),
     click.option("--png", type=click.Path(path_type=Path), metavar="FILE",
                  help="Draw loss over latency."),
     click.option("--force", is_flag=True, help="Replace existing files."),
-    _json,
-    _debug,
+    option.as_json,
+    option.debug,
 )  # fmt: skip
 def search(
-    model: str, images: Path, labels: str | None, limit: int | None, seed: int, output: Path,
-    front: Path | None, png: Path | None, force: bool, as_json: bool, **options: Any,
+    model: str, images: Path, labels: str | None, limit: int, seed: int, output: Path,
+    held_out: Path | None, front: Path | None, png: Path | None, force: bool, as_json: bool,
+    **options: Any,
 ) -> None:  # fmt: skip
     """Find the schedule, method and precision that fit MODEL, this machine and the images best.
 
-    Half of the images are searched on, the other half says whether it holds elsewhere.
+    Half of the images are searched on, those held out say whether it holds elsewhere.
     """
     from tomexport import chart
     from tomexport.calib.images import ImageSet
@@ -504,13 +404,16 @@ def search(
     if front:
         check_file(front, ".json", "a front", force)
     chosen = {name: value for name, value in options.items() if value not in (None, ())}
-    with _progress() as progress:
+    with progressing() as progress:
         found = ImageSet.find(images, limit, seed, labels)
+        aside = labels if labels == "none" else None
+        others = ImageSet.find(held_out, limit, seed, aside) if held_out else None
         report = find_best(
-            model, found, output, seed=seed, force=force, progress=progress, **chosen
-        )
-    _notes(report.notes)
-    _show(report.to_dict(), as_json, lambda tables: tables.search_table(report), width=110)
+            model, found, output, held_out=others, seed=seed, force=force, progress=progress,
+            **chosen,
+        )  # fmt: skip
+    show_notes(report.notes)
+    show_result(report.to_dict(), as_json, lambda tables: tables.search_table(report), width=110)
     if front:
         content = json.dumps(report.to_dict(), indent=2, ensure_ascii=False)
         write_file(front, f"{content}\n".encode(), force)
@@ -523,8 +426,8 @@ def search(
 @cli.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.argument("image", type=click.Path(path_type=Path))
-@_options(
-    _out("PNG", "Picture to write."),
+@option.listed(
+    option.out("PNG", "Picture to write."),
     click.option("--layers", default="all", show_default=True, metavar="all|final|0,4,11", help=(
         "What to draw: all block calls that remove tokens, the last one, or those named."
     )),
@@ -533,24 +436,24 @@ def search(
     click.option("--device", default="CPU", show_default=True, help="Device of the runtime."),
     click.option("--precision", metavar="f32|bf16|f16",
                  help="What to compute in; the runtime's default if left out."),
-    _kernels,
+    option.kernels,
     click.option("--force", is_flag=True, help="Replace an existing picture."),
-    _json,
-    _debug,
+    option.as_json,
+    option.debug,
 )  # fmt: skip
 def show(artifact: Path, image: Path, output: Path, as_json: bool, **options: Any) -> None:
     """Draw over IMAGE which patches ARTIFACT merges and drops, block by block."""
     from tomexport.calib import show as showing
 
-    with _progress() as progress:
+    with progressing() as progress:
         shown = showing.show(artifact, image, output, progress=progress, **options)
-    _show(shown.to_dict(), as_json, lambda tables: tables.shown_table(shown))
+    show_result(shown.to_dict(), as_json, lambda tables: tables.shown_table(shown))
 
 
 @cli.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
-@_options(
-    _out("HTML", "Page to write."),
+@option.listed(
+    option.out("HTML", "Page to write."),
     click.option("--images", type=click.Path(path_type=Path), metavar="DIR", help=(
         "Show merging on four of these images; on drawn ones if left out."
     )),
@@ -565,8 +468,8 @@ def show(artifact: Path, image: Path, output: Path, as_json: bool, **options: An
     click.option("--threads", type=int, metavar="N",
                  help="CPU threads to time with, without --profile; all if left out."),
     click.option("--force", is_flag=True, help="Replace an existing page."),
-    _json,
-    _debug,
+    option.as_json,
+    option.debug,
 )  # fmt: skip
 def report(artifact: Path, images: Path | None, as_json: bool, **options: Any) -> None:
     """Write a page on ARTIFACT: plan, parity, latency, operators, merged patches, choices."""
@@ -574,18 +477,18 @@ def report(artifact: Path, images: Path | None, as_json: bool, **options: Any) -
     from tomexport.calib.report import report as reporting
 
     found = ImageSet.find(images, limit=reporting.N_IMAGES) if images else None
-    with _progress() as progress:
+    with progressing() as progress:
         written = reporting.report(artifact, images=found, progress=progress, **options)
-    _show(written.to_dict(), as_json, lambda tables: tables.report_summary(written))
+    show_result(written.to_dict(), as_json, lambda tables: tables.report_summary(written))
     if not written.passed:
         raise click.exceptions.Exit(EXIT_CHECK_FAILED)
 
 
 @cli.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
-@_options(
-    _out("OUT", "File to write: .xml by NNCF for OpenVINO, .onnx by ONNX Runtime."),
-    *_image_set[:2],
+@option.listed(
+    option.out("OUT", "File to write: .xml by NNCF for OpenVINO, .onnx by ONNX Runtime."),
+    *option.image_set[:2],
     click.option("--limit", default=300, show_default=True, metavar="N", help=(
         "Calibrate on so many images; up to 500 others judge the file."
     )),
@@ -597,8 +500,8 @@ def report(artifact: Path, images: Path | None, as_json: bool, **options: Any) -
     click.option("--with-baselines", is_flag=True,
                  help="Quantize STEM.none and STEM.bound, beside the file, alike."),
     click.option("--force", is_flag=True, help="Replace an existing file."),
-    _json,
-    _debug,
+    option.as_json,
+    option.debug,
 )  # fmt: skip
 def quantize(
     artifact: Path, output: Path, images: Path, labels: str | None, no_timing: bool,
@@ -611,11 +514,11 @@ def quantize(
     from tomexport.calib.images import ImageSet
     from tomexport.calib.quantize import quantize as make
 
-    with _progress() as progress:
+    with progressing() as progress:
         found = ImageSet.find(images, None, 0, labels)
         report = make(artifact, found, output, timed=not no_timing, progress=progress, **options)
-    _notes(report.notes)
-    _show(report.to_dict(), as_json, lambda tables: tables.quantize_table(report))
+    show_notes(report.notes)
+    show_result(report.to_dict(), as_json, lambda tables: tables.quantize_table(report))
     if not report.passed:
         raise click.exceptions.Exit(EXIT_CHECK_FAILED)
 
@@ -630,7 +533,7 @@ def kernels() -> None:
 
 
 @kernels.command("build")
-@_options(
+@option.listed(
     click.option("--runtime", "runtimes", multiple=True, metavar="NAME",
                  help="onnxruntime or openvino, or both; all that are installed if left out."),
     click.option("--march", default="native", show_default=True, metavar="ARCH",
@@ -639,8 +542,8 @@ def kernels() -> None:
                  help="CMake's toolchain file, to build for another machine."),
     click.option("--out", type=click.Path(path_type=Path), metavar="DIR",
                  help="Put the library there, to take it to another machine."),
-    _json,
-    _debug,
+    option.as_json,
+    option.debug,
 )  # fmt: skip
 def build_kernels(runtimes: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Build the kernels anew, for this machine or for another one."""
@@ -648,11 +551,11 @@ def build_kernels(runtimes: tuple[str, ...], as_json: bool, **options: Any) -> N
 
     built = build_libraries(runtimes, **options)
     data = {"libraries": [library.to_dict() for library in built]}
-    _show(data, as_json, lambda tables: tables.built_table(built))
+    show_result(data, as_json, lambda tables: tables.built_table(built))
 
 
 @kernels.command("list")
-@_options(_json, _debug)
+@option.listed(option.as_json, option.debug)
 def list_kernels(as_json: bool) -> None:
     """Show the kernels in the cache, and which of them are in use here."""
     from tomexport.kernels import cache
@@ -661,66 +564,34 @@ def list_kernels(as_json: bool) -> None:
     stored = stored_libraries()
     entries = [library.to_dict() | {"in_use": used} for library, used in stored]
     data = {"cache": str(cache.folder()), "libraries": entries}
-    _show(data, as_json, lambda tables: tables.libraries_table(cache.folder(), stored))
+    show_result(data, as_json, lambda tables: tables.libraries_table(cache.folder(), stored))
 
 
 @kernels.command("clean")
-@_options(_json, _debug)
+@option.listed(option.as_json, option.debug)
 def clean_kernels(as_json: bool) -> None:
     """Remove all kernels from the cache."""
     from tomexport.kernels import cache
 
     count, size = cache.clean()
     data = {"cache": str(cache.folder()), "removed": count, "bytes": size}
-    _show(data, as_json, lambda tables: tables.cleaned(cache.folder(), count, size))
+    show_result(data, as_json, lambda tables: tables.cleaned(cache.folder(), count, size))
 
 
 @cli.command()
-@_options(_json, _debug)
+@option.listed(option.as_json, option.debug)
 def doctor(as_json: bool) -> None:
     """Show what this machine has: processor, packages, runtimes, devices, fused kernels."""
     from tomexport.runtime.doctor import diagnose
 
     result = diagnose()
-    _show(result.to_dict(), as_json, lambda tables: tables.doctor_table(result))
-
-
-def _show(
-    data: dict[str, Any], as_json: bool, render: Callable[[Any], RenderableType], width: int = 80
-) -> None:
-    """Print a result: the one thing that goes to stdout."""
-    if as_json:
-        click.echo(json.dumps(data, indent=2, ensure_ascii=False))
-        return
-    from rich.console import Console
-
-    from tomexport import tables
-
-    console = Console(highlight=False, markup=False)
-    console.width = max(console.width, width if console.is_terminal else 160)  # no digit is cut off
-    console.print(render(tables), soft_wrap=not console.is_terminal)  # nor is a path broken
-
-
-def _notes(notes: tuple[str, ...]) -> None:
-    for note in notes:
-        click.echo(f"note: {note}", err=True)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """Show what is being done, on a terminal, until it is done."""
-    if not sys.stderr.isatty():
-        yield lambda message: None
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status("…") as status:
-        yield lambda message: status.update(message)
+    show_result(result.to_dict(), as_json, lambda tables: tables.doctor_table(result))
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code; errors become one line on stderr."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    scratch.farewell(scratch.NOTHING)
     with _ending_at_once():
         return _run(arguments)
 
