@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,14 +73,16 @@ def draw_front(report: SearchReport, path: Path) -> None:
     front = [place for place, best in zip(places, report.front, strict=True) if best]
     if front:
         panel.step(*zip(*front, strict=True), where="post", color="#999999", lw=1, zorder=0)
-    if report.chosen is not None:
-        panel.annotate(
-            report.points[report.chosen].schedule, places[report.chosen], xytext=(12, 12),
-            textcoords="offset points", fontsize=8, arrowprops={"arrowstyle": "-", "lw": 0.6},
-        )  # fmt: skip
+    for i, (point, best) in enumerate(zip(report.points, report.front, strict=True)):
+        if best or i == report.chosen:
+            words = textwrap.shorten(point.schedule.replace(",", ", "), 30, placeholder="…")
+            panel.annotate(
+                words, places[i], xytext=(6, 6), textcoords="offset points", fontsize=7,
+                weight="bold" if i == report.chosen else "normal", rotation=20,
+            )  # fmt: skip
     panel.set_xlabel("ms per call")
-    panel.set_ylabel(f"% {report.loss}")
-    panel.set_xlim(left=0)
+    panel.set_ylabel("\n".join(textwrap.wrap(f"{report.loss}, %", 44)))
+    panel.margins(0.1)
     panel.spines[["top", "right"]].set_visible(False)
     panel.legend(frameon=False)
     figure.suptitle(f"{report.model} on {report.images}", fontsize=9)

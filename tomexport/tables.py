@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tomexport.calib.evaluate import Accuracy, EvaluateReport
+from tomexport.calib.evaluate import Accuracy, Evaluated, EvaluateReport
 from tomexport.calib.fidelity import Estimate
 from tomexport.calib.quantize import QuantizeReport
 from tomexport.calib.report.report import Report
@@ -25,7 +25,6 @@ from tomexport.runtime.timing import Interval
 from tomexport.runtime.verify import VerifyReport
 
 if TYPE_CHECKING:  # it loads torch
-    from tomexport.calib.fidelity import Estimate
     from tomexport.calib.learn.learn import LearnReport
 
 
@@ -180,28 +179,21 @@ def _operators_table(variant: Variant, n_rows: int = 8) -> RenderableType:
 
 
 def evaluate_table(report: EvaluateReport) -> RenderableType:
-    """Show accuracy, and likeness to the unmerged model, of each run."""
+    """Show accuracy, and likeness to the unmerged model, of each run: a line for each figure."""
     table = _table(
-        "", *(("top-1", "top-5", "above unmerged") if report.n_labelled else ()),
-        *(("agreement", "KL", "cosine") if report.reference else ()), "",
-        title=f"{report.path}: {report.model}, {report.method}, {report.schedule}",
-    )  # fmt: skip
+        "", "", "", title=f"{report.path}: {report.model}, {report.method}, {report.schedule}"
+    )
+    table.show_header = False
+    table.columns[1].justify = "left"
+    rows = [(run.name, _figures(run), run.failures) for run in report.runs]
     if report.reference_accuracy:
-        rest = [""] * (len(table.columns) - 3)
-        table.add_row("unmerged", *_accuracy(report.reference_accuracy), *rest)
-    for run in report.runs:
-        cells = [run.name, *(_accuracy(run.accuracy) if run.accuracy else ())]
-        if report.n_labelled:
-            cells.append(_share(run.change.top1, "+") if run.change else "–")
-        if run.likeness:
-            like = run.likeness
-            cells += [
-                _share(like.top1) if like.top1 else "–",
-                _figure(like.kl),
-                _figure(like.cosine),
-            ]
-        verdict = Text("FAIL", style="bold red") if run.failures else ""
-        table.add_row(*cells, verdict)
+        rows.insert(0, ("unmerged", _accuracy(report.reference_accuracy), ()))
+    for name, figures, failures in rows:
+        for what, figure in figures.items():
+            table.add_row(name, what, figure)
+            name = ""
+        if failures:
+            table.add_row("", Text("FAIL", style="bold red"), "")
     n = report.runs[0].images
     labelled = f", {report.n_labelled} with labels" if report.n_labelled else ""
     lines = [f"{n} images ({report.images}){labelled}; in brackets 95 % intervals"]
@@ -214,8 +206,22 @@ def evaluate_table(report: EvaluateReport) -> RenderableType:
     return Group(table, *map(Text, lines))
 
 
-def _accuracy(found: Accuracy) -> tuple[str, str]:
-    return _share(found.top1), _share(found.top5) if found.top5 else "–"
+def _figures(run: Evaluated) -> dict[str, str]:
+    """Return what was measured of a run, by name."""
+    figures = _accuracy(run.accuracy)
+    if run.change:
+        figures["top-1 above unmerged"] = _share(run.change.top1, "+")
+    if like := run.likeness:
+        figures |= {"agreement with unmerged": _share(like.top1)} if like.top1 else {}
+        figures |= {"KL, nats": _figure(like.kl)} if like.kl else {}
+        figures["cosine"] = _figure(like.cosine)
+    return figures
+
+
+def _accuracy(found: Accuracy | None) -> dict[str, str]:
+    if found is None:
+        return {}
+    return {"top-1": _share(found.top1)} | ({"top-5": _share(found.top5)} if found.top5 else {})
 
 
 def _share(found: Estimate, sign: str = "") -> str:
@@ -223,8 +229,8 @@ def _share(found: Estimate, sign: str = "") -> str:
     return f"{100 * found.value:{sign}.1f}% ({low}–{high})"
 
 
-def _figure(found: Estimate | None) -> str:
-    return f"{found.value:.4f} ({found.low:.4f}–{found.high:.4f})" if found else "–"
+def _figure(found: Estimate) -> str:
+    return f"{found.value:.4f} ({found.low:.4f}–{found.high:.4f})"
 
 
 def shown_table(shown: Shown) -> RenderableType:
@@ -251,7 +257,8 @@ def report_summary(report: Report) -> RenderableType:
 
 def quantize_table(report: QuantizeReport) -> RenderableType:
     """Show an int8 file beside its source."""
-    table = _table("", "MiB", *(("top-1", "top-5") if report.before else ()), "ms", "precision",
+    names = ("top-1", "top-5") if report.before else ()
+    table = _table("", "MiB", *names, "ms", "precision",
                    title=f"{report.path}, int8 by {report.tool}")  # fmt: skip
     speed, after = report.speed, report.after
     rows = (
@@ -262,7 +269,8 @@ def quantize_table(report: QuantizeReport) -> RenderableType:
     )  # fmt: skip
     for path, size, accuracy, timed in rows:
         ms, precision = (f"{timed[0]:.2f}", timed[1]) if timed else ("–", "–")
-        cells = _accuracy(accuracy) if accuracy else ()
+        shown = _accuracy(accuracy)
+        cells = [shown.get(name, "–") for name in names]
         table.add_row(path, f"{size / 2**20:.1f}" if size else "–", *cells, ms, precision)
     lines = [
         f"calibrated on {report.n_calibrated} images, judged on {after.images} ({report.judged})",

@@ -259,13 +259,20 @@ def _template() -> Any:
         loader=jinja.FileSystemLoader(_HERE), autoescape=True, undefined=jinja.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"times": times, "percent": percent, "share": _share, "axis": Axis.over}
+    environment.filters |= {
+        "times": times, "percent": percent, "share": _share, "figure": _figure, "axis": Axis.over,
+    }  # fmt: skip
     return environment.get_template("report.html")
 
 
 def _share(share: Estimate) -> str:
     """Write a share of images: "91.2 % (89.0–93.0)"."""
     return f"{share.value * 100:.1f} % ({share.low * 100:.1f}–{share.high * 100:.1f})"
+
+
+def _figure(figure: Estimate) -> str:
+    """Write a figure over images: "0.0157 (0.0121–0.0196)"."""
+    return f"{figure.value:.4f} ({figure.low:.4f}–{figure.high:.4f})"
 
 
 def _trusted(name: str) -> Any:
