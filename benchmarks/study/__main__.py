@@ -14,7 +14,6 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from benchmarks.demo import heading
 from benchmarks.study import digits
 from benchmarks.study.page import CALIBRATED, RESULTS, RUNTIMES, page, publish
 from benchmarks.study.schedules import CONSTANTS, equal
+from benchmarks.turns import Timed, speedups
 from tomexport.calib.evaluate import evaluate
 from tomexport.calib.images import ImageSet
 from tomexport.calib.learn.learn import learn
@@ -34,7 +34,6 @@ from tomexport.calib.learn.train import Course
 from tomexport.calib.quantize import quantize
 from tomexport.calib.report.report import report as write_page
 from tomexport.runtime.machine import machine, usable_cpus
-from tomexport.runtime.timing import CAN_PIN, Interval, Job, medians, take_turns, worker
 
 LEARNED = ("const:13", "const:16")
 _LAUNCHES, _ROUNDS, _TURN_S = 2, 10, 0.04
@@ -145,26 +144,14 @@ def _judged(
 
 def _time(runtime: str, rows: list[Row], files: dict[tuple[str, str, str], Path]) -> None:
     """Let all files of a runtime take turns; each row gets its speed-up over `none` in float32."""
-    cpus = tuple(usable_cpus()[:2])
-    launches = []
-    for launch in range(_LAUNCHES):
-        print(f"{RUNTIMES[runtime]}: launch {launch + 1} of {_LAUNCHES}", flush=True)
-        with ExitStack() as stack:
-            jobs = [
-                Job(str(files[row["schedule"], runtime, row["precision"]]), runtime, "CPU",
-                    None if row["precision"] == "int8" else "f32", threads=len(cpus),
-                    cpus=cpus if CAN_PIN else ())
-                for row in rows
-            ]  # fmt: skip
-            workers = [stack.enter_context(worker(job)) for job in jobs]
-            turns = take_turns(workers, _ROUNDS, _ROUNDS * len(workers) * _TURN_S)
-            launches.append([medians(samples)[:_ROUNDS] for samples in turns])
-    ms = np.array(launches)  # (launches, rows, rounds)
-    base = next(i for i, r in enumerate(rows) if (r["schedule"], r["precision"]) == ("none", "f32"))
-    for i, row in enumerate(rows):
-        found = Interval.of(ms[:, base] / ms[:, i])
-        row |= {"ms": round(float(np.median(ms[:, i])), 4), "speedup": found.value,
-                "speedup_low": found.low, "speedup_high": found.high}  # fmt: skip
+    print(f"{RUNTIMES[runtime]}: {_LAUNCHES} launches", flush=True)
+    keys = [(row["schedule"], row["precision"]) for row in rows]
+    timed = {key: Timed(files[key[0], runtime, key[1]], runtime) for key in keys}
+    found = speedups(
+        timed, ("none", "f32"), launches=_LAUNCHES, rounds=_ROUNDS, turn_s=_TURN_S
+    )  # fmt: skip
+    for row, key in zip(rows, keys, strict=True):
+        row |= {name: value for name, value in found[key].items() if name != "us"}
 
 
 def _search(model: Path, images: ImageSet, folder: Path) -> dict[str, Any]:
