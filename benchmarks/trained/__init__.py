@@ -1,0 +1,1 @@
+"""What merging, int8, search and learning do to a model that is really trained."""
