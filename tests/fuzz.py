@@ -78,7 +78,7 @@ def run(job: dict[str, object]) -> None:
             "index": index, "code": code, "err": stderr.getvalue()[-2000:],
             "seconds": round(time.monotonic() - start, 1),
             "left": sorted(each.name for each in out.iterdir()),
-            "source": source.name, "exports": words[0] == "export",
+            "source": source.name, "writes": [Path(w).name for w in words if Path(w).parent == out],
         }  # fmt: skip
         _say(report)
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import tomexport
+from tomexport.cli import main
 
 _SECONDS = 60  # none takes so long, unless it hangs
 FUZZ = Path(__file__).with_name("fuzz.py")
@@ -26,7 +27,7 @@ def sound(seeded, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("sound")
     model = seeded("test_vit", img_size=32, depth=2)
-    for name in ("pth", "safetensors", "onnx", "xml", "images"):
+    for name in ("pth", "safetensors", "onnx", "xml", "images", "storage"):
         (folder / name).mkdir()
     torch.save(model.state_dict(), folder / "pth/model.pth")
     save_file(dict(model.state_dict()), folder / "safetensors/model.safetensors")
@@ -38,14 +39,26 @@ def sound(seeded, tmp_path_factory):
         Image.fromarray(pixels).save(folder / f"images/{i}.{suffix}")
     lines = [f"{i}.{s},{i}" for i, s in enumerate(("png", "jpg", "bmp", "webp", "tif"))]
     (folder / "images/labels.csv").write_text("\n".join(["file,class", *lines, ""]))
-    np.savez(
-        folder / "images/set.npz", images=np.zeros((4, 8, 8, 3), np.uint8), labels=[0, 1, 2, 3]
-    )
+    drawn = random.integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)
+    np.savez(folder / "images/set.npz", images=drawn, labels=np.arange(12))
+    words = [word.format(sound=folder, file=folder / "storage/s.journal", out=folder / "storage")
+             for word in _SEARCH]  # fmt: skip
+    assert main(words) == 0
     return folder
 
 
 _EVALUATE = ("evaluate", "{sound}/onnx/model.onnx", "--backend", "onnxruntime", "--images")
 _PLAN = ("plan", "{file}", "--schedule", "list:1,0")
+_SEARCH = (
+    "search", "{sound}/pth/model.pth", "--images", "{sound}/images/set.npz", "--family", "none",
+    "--family", "list", "--max-gmac", "9", "--trials", "2", "--evaluations", "1", "--seconds", "0",
+    "--threads", "1", "-o", "{out}/out.onnx", "--storage", "{file}",
+)  # fmt: skip
+_QUANTIZE = ("quantize", "{sound}/onnx/model.onnx", "--images", "{folder}", "--no-timing",
+             "-o", "{out}/out.onnx")  # fmt: skip
+_LEARN = ("learn", "{sound}/pth/model.pth", "--images", "{file}", "--schedule", "list:1,0",
+          "--epochs", "1", "-o", "{out}/out.pth")  # fmt: skip
+_SHOW = ("show", "{sound}/onnx/model.onnx", "{file}", "-o", "{out}/out.png")
 _EXPORT = ("export", "{file}", "--schedule", "list:1,0", "-o", "{out}/out.onnx", "--no-verify")
 # what is damaged, the command that reads it, how often
 _EACH = {
@@ -67,6 +80,12 @@ _EACH = {
         ("onnx/model.onnx", ("verify", "{file}", "--backend", "openvino"), 16),
         ("xml/model.xml", ("verify", "{file}"), 20),
         ("xml/model.bin", ("verify", "{folder}/model.xml"), 10),
+    ],
+    "what others read": [
+        ("images/0.png", _SHOW, 10),
+        ("images/labels.csv", _QUANTIZE, 8),
+        ("images/set.npz", _LEARN, 8),
+        ("storage/s.journal", _SEARCH, 10),
     ],
 }
 
@@ -98,6 +117,6 @@ def test_what_is_damaged_is_refused_or_used(kind, sound, tmp_path):
         assert "Traceback" not in report["err"], report
         assert report["code"] != 2 or "error: " in report["err"], report
         assert report["seconds"] < _SECONDS, report
-        assert report["left"] == (["out.onnx"] if report["exports"] and not report["code"] else [])
+        assert report["left"] == ([] if report["code"] else report["writes"]), report
     codes = [report["code"] for report in reports]
     assert codes.count(2) > len(codes) / 10  # else the damage does not reach what is read

@@ -258,7 +258,8 @@ def test_labels_beside_the_images_are_found(tmp_path):
     assert ImageSet.find(tmp_path).labels == (3, 7)
     (tmp_path / "other.csv").write_text("file,kind,colour\nb.png,1,2\na.png,3,4\n")
     assert ImageSet.find(tmp_path, labels=f"{tmp_path / 'other.csv'}:colour").labels == (4, 2)
-    assert ImageSet.find(tmp_path, limit=1).take([0]).labels in ((3,), (7,))
+    drawn = ImageSet.find(tmp_path, limit=1)
+    assert drawn.labels == ((3,) if drawn.names == ("a.png",) else (7,))
 
 
 def test_class_folders_in_sorted_order(tmp_path):
