@@ -26,7 +26,7 @@ def sound(seeded, tmp_path_factory):
     from safetensors.torch import save_file
 
     folder = tmp_path_factory.mktemp("sound")
-    model = seeded("test_vit", img_size=32, depth=2)
+    model = seeded("test_vit", img_size=32)
     for name in ("pth", "safetensors", "onnx", "xml", "images", "storage"):
         (folder / name).mkdir()
     torch.save(model.state_dict(), folder / "pth/model.pth")

@@ -93,7 +93,7 @@ def _learned(rows: list[Row]) -> str:
         f"DTEM's embedding, {first['steps']} steps on {first['n_learned']} images, half of both "
         f"kinds less a quarter held out; agreement on those {first['judgement']['kl']['n']} held "
         f"out, in PyTorch, and on the {first['dtem']['n']} of the other halves, of the files. "
-        "Lists are those that ToMe's search found on the images."
+        "The lists are of an earlier search on the images."
     )
     head = ("list", "GMACs", "ToMe, held out", "learned, held out", "ToMe, the rest",
             "learned, the rest")  # fmt: skip

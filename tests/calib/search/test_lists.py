@@ -107,12 +107,12 @@ def test_a_block_that_asks_more_gets_less(rules):
 
 
 def test_a_step_that_comes_down_to_no_list_is_left_out(rules):
-    budget = int(0.4 * rules.most)
-    counts = rules.fit([1, 1, 1, 1, 1, 0], budget)
-    prices = dict(zip(range(5), (9.0, 9.0, 9.0, 9.0, 0.1), strict=True))  # all from the last
-    stepped = list(lists._stepped(rules, budget, counts, prices))
-    assert 0 < len(stepped) < len(lists._STEPS)
-    assert all(rules.macs(each) <= budget for each in stepped)
+    budget, counts = int(0.4 * rules.most), (1, 1, 1, 1, 20, 0)
+    prices = dict(zip(range(5), (9.0, 9.0, 9.0, 9.0, 0.1), strict=True))
+    # only the last would remove anything, which is too late
+    assert list(lists._stepped(rules, budget, counts, prices)) == []
+    stepped = list(lists._stepped(rules, int(0.95 * rules.most), counts, prices))
+    assert len(stepped) == len(lists._STEPS)
 
 
 def test_one_block_takes_over_what_another_removed(rules):
