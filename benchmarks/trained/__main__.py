@@ -47,7 +47,7 @@ LEARNED = (  # of an earlier search; they remove late, where learning gains most
     "list:0,0,18,20,20,20,20,20,20,20,16,12",
 )
 _EVALUATIONS = 90  # lists for each method and budget
-_EPOCHS = 16
+_EPOCHS = 10
 _TURNS = {"launches": 3, "rounds": 15, "turn_s": 0.1}
 _RUNTIMES = {"onnxruntime": ".onnx", "openvino": ".xml"}
 Row = dict[str, Any]
@@ -191,8 +191,8 @@ def learned(given: Material) -> list[Row]:
         judgement = report.to_dict()["judgements"][0]
         row = {"budget": budget, "schedule": schedule, "judgement": judgement,
                "n_learned": report.n_learned, "steps": report.learned.steps}  # fmt: skip
-        unmerged = given.export("none")
         for method, model in (("tome", given.model), ("dtem", path)):
+            unmerged = given.export("none", method, model)  # of the same weights, learned or not
             file = given.export(schedule, method, model)
             run = evaluate(file, ImageSet.find(rest, None), backends=["onnxruntime"],
                            precisions=["f32"], baseline=unmerged).runs[0]  # fmt: skip
