@@ -42,7 +42,7 @@ from tomexport.runtime.timing import Interval
 METHODS = ("tome:metric=x-after", "tome")
 PLAIN = ("none", "const:8", "exp:0.25,0", "const:13")
 MERGED = "exp:0.25,0"  # what is compared in int8
-LEARNED = (  # of an earlier search; they remove late, where learning gains most
+LEARNED = (  # of an earlier search
     "list:0,0,0,0,20,19,19,19,19,19,19,19",
     "list:0,0,18,20,20,20,20,20,20,20,16,12",
 )
