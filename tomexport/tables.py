@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tomexport.calib.evaluate import Accuracy, Evaluated, EvaluateReport
-from tomexport.calib.fidelity import Estimate
+from tomexport.calib.fidelity import Estimate, in_words
 from tomexport.calib.quantize import QuantizeReport
 from tomexport.calib.report.report import Report
 from tomexport.calib.search.search import SearchReport
@@ -213,8 +213,8 @@ def _figures(run: Evaluated) -> dict[str, str]:
         figures["top-1 above unmerged"] = _share(run.change.top1, "+")
     if like := run.likeness:
         figures |= {"agreement with unmerged": _share(like.top1)} if like.top1 else {}
-        figures |= {"KL, nats": _figure(like.kl)} if like.kl else {}
-        figures["cosine"] = _figure(like.cosine)
+        figures |= {"KL, nats": in_words(like.kl)} if like.kl else {}
+        figures["cosine"] = in_words(like.cosine)
     return figures
 
 
@@ -227,10 +227,6 @@ def _accuracy(found: Accuracy | None) -> dict[str, str]:
 def _share(found: Estimate, sign: str = "") -> str:
     low, high = (f"{100 * bound:{sign}.1f}" for bound in (found.low, found.high))
     return f"{100 * found.value:{sign}.1f}% ({low}–{high})"
-
-
-def _figure(found: Estimate) -> str:
-    return f"{found.value:.4f} ({found.low:.4f}–{found.high:.4f})"
 
 
 def shown_table(shown: Shown) -> RenderableType:
@@ -278,8 +274,8 @@ def quantize_table(report: QuantizeReport) -> RenderableType:
     ]
     if like := after.likeness:
         agreement = f"first class kept {_share(like.top1)}, " if like.top1 else ""
-        kl = f"KL {_figure(like.kl)}, " if like.kl else ""
-        lines.append(f"beside its float32 self: {agreement}{kl}cosine {_figure(like.cosine)}")
+        kl = f"KL {in_words(like.kl)}, " if like.kl else ""
+        lines.append(f"beside its float32 self: {agreement}{kl}cosine {in_words(like.cosine)}")
     lines += [f"skipped: {each.why}" for each in report.skipped]
     lines += [f"FAIL: {failure}; nothing was written" for failure in after.failures]
     files = [pair for r in (report, *report.baselines) for pair in r.files.items()]

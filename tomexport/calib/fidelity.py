@@ -31,6 +31,11 @@ class Estimate:
     n: int
 
 
+def in_words(figure: Estimate) -> str:
+    """Write a figure with its interval: "0.0157 (0.0121–0.0196)"."""
+    return f"{figure.value:.4f} ({figure.low:.4f}–{figure.high:.4f})"
+
+
 @dataclass(frozen=True)
 class Likeness:
     """How like a reference's outputs others are, over the same images.

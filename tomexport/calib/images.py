@@ -315,7 +315,8 @@ def _from_npz(path: Path, labels: str | None) -> ImageSet:
 
 
 PLAIN: Mapping[str, Any] = {
-    "crop_pct": 1.0, "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3,
+    "crop_mode": "center", "crop_pct": 1.0, "interpolation": "bicubic",
+    "mean": [0.5] * 3, "std": [0.5] * 3,
 }  # fmt: skip
 
 
@@ -369,7 +370,7 @@ def _resized(
 ) -> tuple[int, int]:
     """Return the width and height that an image is resized to before its centre is taken."""
     scale = tuple(math.floor(side / how["crop_pct"]) for side in wanted)
-    mode = how.get("crop_mode", "center")
+    mode = how.get("crop_mode", PLAIN["crop_mode"])
     if mode == "squash":
         return scale[0], scale[1]
     ratios = [have / want for have, want in zip(size, scale, strict=True)]

@@ -17,7 +17,7 @@ from torch import nn
 from tomexport.artifact import Array
 from tomexport.calib import fidelity
 from tomexport.calib.fidelity import Estimate, Likeness
-from tomexport.calib.images import PLAIN, ImageSet, prepare
+from tomexport.calib.images import PLAIN, PREPARED, ImageSet, prepare
 from tomexport.calib.learn.embedding import KEY, attach, checkpoint, starting_from_keys, write
 from tomexport.calib.learn.lessons import Lessons
 from tomexport.calib.learn.soft import SOFT
@@ -174,7 +174,8 @@ def learn(
         course: how long and how fast; None is ten passes.
         dim: features of the embedding; None is as many as a head has.
         arch: timm name of a checkpoint's architecture; None finds it.
-        how: crop_pct, interpolation, mean and std of the images; None is as timm has them.
+        how: crop_mode, crop_pct, interpolation, mean and std of the images; None is as timm has
+            them.
         force: replace an existing checkpoint.
         progress: is told step, loss, images per second and time left.
 
@@ -330,7 +331,8 @@ def _request(
         "targets": targets,
         **({"labels": labels[:12]} if targets == LABELS else {}),
         "dim": str(dim),
-        "preparation": ", ".join(f"{k} {how[k]}" for k in sorted(PLAIN)),
+        "preparation": ", ".join(f"{k} {how.get(k, PLAIN[k])}" for k in sorted(PLAIN)),
+        "prepared": str(PREPARED),
         **{name: str(value) for name, value in dataclasses.asdict(course).items()},
     }
 

@@ -20,7 +20,7 @@ import numpy as np
 from tomexport import __version__
 from tomexport.artifact import Array, Metadata
 from tomexport.calib.evaluate import EvaluateReport
-from tomexport.calib.fidelity import Estimate
+from tomexport.calib.fidelity import Estimate, in_words
 from tomexport.calib.images import ImageSet, require_some
 from tomexport.calib.report.axis import Axis
 from tomexport.calib.report.read import Front, read
@@ -260,7 +260,7 @@ def _template() -> Any:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {
-        "times": times, "percent": percent, "share": _share, "figure": _figure, "axis": Axis.over,
+        "times": times, "percent": percent, "share": _share, "figure": in_words, "axis": Axis.over,
     }  # fmt: skip
     return environment.get_template("report.html")
 
@@ -268,11 +268,6 @@ def _template() -> Any:
 def _share(share: Estimate) -> str:
     """Write a share of images: "91.2 % (89.0–93.0)"."""
     return f"{share.value * 100:.1f} % ({share.low * 100:.1f}–{share.high * 100:.1f})"
-
-
-def _figure(figure: Estimate) -> str:
-    """Write a figure over images: "0.0157 (0.0121–0.0196)"."""
-    return f"{figure.value:.4f} ({figure.low:.4f}–{figure.high:.4f})"
 
 
 def _trusted(name: str) -> Any:
