@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
 import tomexport
 from benchmarks.command import progress
@@ -28,6 +30,7 @@ from benchmarks.latency.files import sources
 from benchmarks.latency.results import Results
 from benchmarks.trained.page import BUDGETS, PAGE, RESULTS, page
 from benchmarks.turns import Timed, speedups
+from tomexport.artifact import Array
 from tomexport.calib.evaluate import evaluate
 from tomexport.calib.fidelity import difference, hits, share
 from tomexport.calib.images import ImageSet
@@ -35,8 +38,12 @@ from tomexport.calib.learn.learn import learn
 from tomexport.calib.learn.train import Course
 from tomexport.calib.outputs import compute, file_engine
 from tomexport.calib.quantize import quantize
+from tomexport.calib.search.lists import Arithmetic, as_schedule
 from tomexport.calib.search.measure import halves
+from tomexport.exporter.families import family_of
+from tomexport.exporter.source import find
 from tomexport.pipeline import describe
+from tomexport.plan import TWO_SET, Schedule
 from tomexport.runtime.timing import Interval
 
 METHODS = ("tome:metric=x-after", "tome")
@@ -47,6 +54,8 @@ LEARNED = (  # of an earlier search
     "list:0,0,18,20,20,20,20,20,20,20,16,12",
 )
 _EVALUATIONS = 90  # lists for each method and budget
+_NEARBY = 12  # lists drawn around each best one
+_SPREAD = 0.25  # of the logarithm of their counts
 _EPOCHS = 10
 _TURNS = {"launches": 3, "rounds": 15, "turn_s": 0.1}
 _RUNTIMES = {"onnxruntime": ".onnx", "openvino": ".xml"}
@@ -119,10 +128,7 @@ def schedules(given: Material) -> list[Row]:
     """Judge and time plain schedules, and the lists that were found."""
     found = json.loads(RESULTS.read_text(encoding="utf-8"))["lists"]["rows"]
     wanted = [(None, schedule) for schedule in PLAIN]
-    for budget in BUDGETS:
-        own = [row for row in found if row["budget"] == budget]
-        best = min(own, key=lambda row: (row["loss"], row["divergence"]))
-        wanted.append((best["method"], best["schedule"]))
+    wanted += [(row["method"], row["schedule"]) for row in _best(found)]
     files = {each: given.export(each[1], each[0]) for each in wanted}
     rows = [
         {"method": method or "tome", "schedule": schedule, **_judged(given, path, files[wanted[0]])}
@@ -135,6 +141,49 @@ def schedules(given: Material) -> list[Row]:
         for row, key in zip(rows, files, strict=True):
             row[runtime] = speeds[key]
     return rows
+
+
+def _best(found: list[Row]) -> list[Row]:
+    """Return the best list of each budget."""
+    return [
+        min((row for row in found if row["budget"] == budget),
+            key=lambda row: (row["loss"], row["divergence"]))
+        for budget in BUDGETS
+    ]  # fmt: skip
+
+
+def nearby(given: Material) -> list[Row]:
+    """Judge lists drawn around the best ones, of as many MACs: does any stand out?"""
+    found, rng = find(given.model), np.random.default_rng(0)
+    metadata = describe(given.export("none"))
+    both = {"images": given.images, "others": given.others}
+    pixels = {
+        name: [torch.from_numpy(batch.pixels) for batch in images.batches(metadata)]
+        for name, images in both.items()
+    }
+    first = {name: _classes(tomexport.reduce(found, "none"), seen) for name, seen in pixels.items()}
+    rules = Arithmetic(family_of(found.model).cost(found.model, found.name), TWO_SET)
+    rows = []
+    for best in _best(json.loads(RESULTS.read_text(encoding="utf-8"))["lists"]["rows"]):
+        counts, budget = np.array(Schedule.parse(best["schedule"]).values), best["budget"] * 1e9
+        factors = np.exp(rng.normal(0, _SPREAD, (_NEARBY, len(counts))))
+        drawn = [
+            as_schedule(rules.fit(shape, int(budget))) for shape in (counts * factors).tolist()
+        ]
+        for schedule in (best["schedule"], *drawn):
+            model = tomexport.reduce(found, schedule, method=best["method"])
+            row = {"budget": best["budget"], "method": best["method"], "schedule": schedule,
+                   "gmac": round(rules.plan(schedule).macs / 1e9, 4)}  # fmt: skip
+            for name, seen in pixels.items():
+                row[name] = asdict(share(_classes(model, seen) == first[name]))
+            print(schedule, *(f"{row[name]['value']:.3f}" for name in pixels), flush=True)
+            rows.append(row)
+    return rows
+
+
+def _classes(model: nn.Module, pixels: list[Tensor]) -> Array:
+    with torch.inference_mode():
+        return np.concatenate([model(batch).argmax(dim=1).numpy() for batch in pixels])
 
 
 def _judged(given: Material, path: Path, unmerged: Path) -> Row:
@@ -218,13 +267,9 @@ def _folder(given: Material, name: str, which: int) -> Path:
 
 def deit(given: Material) -> list[Row]:
     """Time DeiT-Tiny's int8 file beside timm's own float32 export, and beside its own bound."""
-    from tomexport.exporter.source import find
-
     name, runtime = "deit_tiny_patch16_224", "openvino"
     path, own = given.work / "deit.onnx", given.work / "timm.onnx"
     tomexport.export(name, MERGED, path, random_weights=0, with_baselines=True, force=True)
-    import torch
-
     seeded = find(name, random_weights=0).model.eval()
     peers.to_onnx(seeded, torch.zeros(1, 3, 224, 224), own)
     made = path.with_suffix(".int8.xml")
@@ -242,7 +287,8 @@ def deit(given: Material) -> list[Row]:
 
 
 PARTS: dict[str, Callable[[Material], list[Row]]] = {
-    "lists": lists, "schedules": schedules, "int8": int8, "learned": learned, "deit": deit,
+    "lists": lists, "nearby": nearby, "schedules": schedules, "int8": int8, "learned": learned,
+    "deit": deit,
 }  # fmt: skip
 
 

@@ -16,8 +16,9 @@ def test_the_page_is_that_of_the_results():
     assert page.PAGE.read_text(encoding="utf-8") == page.page(found)
 
 
-def test_lists_keep_to_their_budgets():
-    rows = json.loads(page.RESULTS.read_text(encoding="utf-8"))["lists"]["rows"]
+@pytest.mark.parametrize("part", ["lists", "nearby"])
+def test_lists_keep_to_their_budgets(part):
+    rows = json.loads(page.RESULTS.read_text(encoding="utf-8"))[part]["rows"]
     assert {row["budget"] for row in rows} == set(page.BUDGETS)
     assert all(row["gmac"] <= row["budget"] for row in rows)
 
@@ -25,4 +26,4 @@ def test_lists_keep_to_their_budgets():
 def test_unknown_parts_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["model.pth", "speed", "--images", str(tmp_path), "--others", str(tmp_path)])
-    assert "no part speed; there are lists, schedules" in capsys.readouterr().err
+    assert "no part speed; there are lists, nearby" in capsys.readouterr().err
